@@ -1,0 +1,307 @@
+"""What a client does: local SimCLR training, its held-out loss, the ClientApp around them."""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from omegaconf import DictConfig, OmegaConf
+from torch import Generator, Tensor
+
+from augment import Augmentation, make_augmentation
+from model import SimCLR, build_model, load_state, model_arrays, nt_xent
+from utils import (
+    choose_device,
+    choose_dtype,
+    generator_for,
+    open_image_set,
+    partition_rows,
+    split_held_out,
+)
+
+ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """How a client trains in a round.
+
+    Attributes:
+        local_epochs: passes over the client's images.
+        batch_size: images per step; a smaller client uses the batch it can fill.
+        max_steps: steps of a round at most, 0 for no limit.
+        learning_rate: peak rate at `batch_size`, scaled linearly to a smaller batch.
+        momentum, weight_decay: of SGD.
+        temperature: of NT-Xent.
+    """
+
+    local_epochs: int
+    batch_size: int
+    max_steps: int
+    learning_rate: float
+    momentum: float
+    weight_decay: float
+    temperature: float
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The mean NT-Xent over the steps of a round, in nats, the images used, and the pace."""
+
+    loss: float
+    images: int
+    images_per_second: float
+
+
+def cosine(progress: float) -> float:
+    """Fall from 1 at the start of the run (0) to 0 at its end (1)."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def local_train(
+    model: SimCLR,
+    images: np.ndarray,
+    indices: np.ndarray,
+    augmentation: Augmentation,
+    settings: Optimization,
+    *,
+    run_part: tuple[float, float],
+    proximal_mu: float,
+    generator: Generator,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> TrainResult:
+    """Train the model in place on the client's images for one round.
+
+    Args:
+        images: uint8 (N, 3, H, W), the whole image set.
+        indices: which of them are this client's, at least two.
+        run_part: where this round begins and ends within the run, from 0 to 1;
+            the learning rate is a cosine over the whole run.
+        proximal_mu: weight of FedProx's term, mu / 2 * |w - w_global|^2
+            (https://arxiv.org/abs/1812.06127); 0 for none.
+        generator: on the CPU; decides the order and the views.
+        dtype: autocast type of the forward pass, float32 for none.
+
+    Raises:
+        ValueError: fewer than two images.
+        FloatingPointError: the loss is not finite any more.
+    """
+    if len(indices) < 2:
+        raise ValueError(f"a client needs at least 2 images to train, this one has {len(indices)}")
+    batch_size = min(settings.batch_size, len(indices))
+    batches_per_epoch = len(indices) // batch_size
+    steps = settings.local_epochs * batches_per_epoch
+    steps = min(steps, settings.max_steps) if settings.max_steps else steps
+    peak = settings.learning_rate * batch_size / settings.batch_size
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=peak, momentum=settings.momentum, weight_decay=settings.weight_decay
+    )
+    anchor = [p.detach().clone() for p in model.parameters()] if proximal_mu > 0 else []
+    model.train()
+    losses = torch.zeros(steps, device=device)
+    began = time.perf_counter()
+    for step in range(steps):
+        place = step % batches_per_epoch
+        if place == 0:  # a new order, and so other negatives, in every epoch
+            order = indices[torch.randperm(len(indices), generator=generator).numpy()]
+        rows = np.sort(order[place * batch_size : (place + 1) * batch_size])
+        batch = torch.from_numpy(images[rows]).to(device, non_blocking=True)
+        progress = run_part[0] + (run_part[1] - run_part[0]) * step / steps
+        optimizer.param_groups[0]["lr"] = peak * cosine(progress)
+        losses[step] = _step(
+            model, batch, augmentation, optimizer, settings.temperature, generator, dtype
+        )
+        if anchor:
+            _pull(model, anchor, proximal_mu)
+        optimizer.step()
+    loss = float(losses.mean())
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the training loss became {loss}; lower train.learning_rate")
+    elapsed = time.perf_counter() - began
+    return TrainResult(loss, steps * batch_size, steps * batch_size / elapsed)
+
+
+def _step(
+    model: SimCLR,
+    batch: Tensor,
+    augmentation: Augmentation,
+    optimizer: torch.optim.Optimizer,
+    temperature: float,
+    generator: Generator,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Compute the gradients of one batch, uint8 (B, 3, H, W); return its loss."""
+    views = augmentation.two_views(batch, generator)
+    with torch.autocast(batch.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        projections = model(views)
+    loss = nt_xent(projections, temperature)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    return loss.detach()
+
+
+@torch.no_grad()
+def _pull(model: SimCLR, anchor: list[Tensor], mu: float) -> None:
+    """Add the gradient of FedProx's term, mu * (w - w_global)."""
+    for parameter, start in zip(model.parameters(), anchor, strict=True):
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter - start, alpha=mu)
+
+
+@torch.inference_mode()
+def local_loss(
+    model: SimCLR,
+    images: np.ndarray,
+    indices: np.ndarray,
+    augmentation: Augmentation,
+    *,
+    batch_size: int,
+    temperature: float,
+    generator: Generator,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> float:
+    """Compute the mean NT-Xent of held-out images in eval mode, in nats.
+
+    Args: as of `local_train`. A last batch of one image joins its neighbour.
+
+    Raises:
+        ValueError: fewer than two images.
+    """
+    if len(indices) < 2:
+        raise ValueError(f"a held-out loss needs at least 2 images, got {len(indices)}")
+    model.eval()
+    total = 0.0
+    for rows in np.array_split(indices, max(1, len(indices) // batch_size)):
+        batch = torch.from_numpy(images[np.sort(rows)]).to(device)
+        views = augmentation.two_views(batch, generator)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            projections = model(views)
+        total += float(nt_xent(projections, temperature)) * len(rows)
+    return total / len(indices)
+
+
+def make_client_app(config: DictConfig) -> ClientApp:
+    """Build the ClientApp: the same for a simulated client and for a SuperNode.
+
+    The node's configuration says which partition it is ("partition-id") and of
+    how many ("num-partitions"). Answers carry "partition-id" and "num-examples".
+    """
+    app = ClientApp()
+    text = OmegaConf.to_yaml(config, resolve=True)  # hashable, so that sites can be cached
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return train_reply(text, message, context)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return evaluate_reply(text, message, context)
+
+    @app.query()
+    def query(message: Message, context: Context) -> Message:
+        metrics = MetricRecord({"partition-id": int(context.node_config["partition-id"])})
+        return Message(RecordDict({METRICS: metrics}), reply_to=message)
+
+    return app
+
+
+@dataclass
+class Site:
+    """What a client process keeps between messages: configuration, images, one model."""
+
+    config: DictConfig
+    pixels: np.ndarray
+    partitions: list[np.ndarray]
+    model: SimCLR
+    device: torch.device
+    dtype: torch.dtype
+    augmentation: Augmentation
+
+
+@lru_cache(maxsize=1)
+def open_site(config_text: str, num_partitions: int) -> Site:
+    """Open the images and build the model once per process, for all its clients."""
+    config = OmegaConf.create(config_text)
+    if config.num_cpus:
+        torch.set_num_threads(config.num_cpus)
+    device = choose_device(config.num_gpus)
+    train = open_image_set(config.dataset, config.cache_dir, config.seed).train
+    return Site(
+        config,
+        train.pixels,
+        partition_rows(train, num_partitions, config.partition, config.seed),
+        build_model(config.model, config.dataset, config.seed, device),
+        device,
+        choose_dtype(config.precision, device),
+        make_augmentation(config.augment, config.dataset.image_size),
+    )
+
+
+def make_optimization(spec: Mapping[str, Any]) -> Optimization:
+    """Build the settings of the `train` section."""
+    return Optimization(**{field.name: spec[field.name] for field in fields(Optimization)})
+
+
+def _prepare(
+    config_text: str, message: Message, context: Context
+) -> tuple[Site, int, np.ndarray, np.ndarray]:
+    """Load the message's weights; return the site, the partition and its two parts."""
+    partition = int(context.node_config["partition-id"])
+    site = open_site(config_text, int(context.node_config["num-partitions"]))
+    load_state(site.model, message.content[ARRAYS].to_torch_state_dict())
+    training, held_out = split_held_out(site.partitions[partition], site.config.held_out)
+    return site, partition, training, held_out
+
+
+def train_reply(config_text: str, message: Message, context: Context) -> Message:
+    """Answer a training message: the weights after a round of local training."""
+    site, partition, rows, _ = _prepare(config_text, message, context)
+    request = message.content[CONFIG]
+    round_number, num_rounds = int(request["server-round"]), int(request["num-rounds"])
+    result = local_train(
+        site.model,
+        site.pixels,
+        rows,
+        site.augmentation,
+        make_optimization(site.config.train),
+        run_part=((round_number - 1) / num_rounds, round_number / num_rounds),
+        proximal_mu=float(request.get("proximal-mu", 0.0)),
+        generator=generator_for(site.config.seed, "train", round_number, partition),
+        device=site.device,
+        dtype=site.dtype,
+    )
+    metrics = {
+        "partition-id": partition,
+        "num-examples": len(rows),
+        "train-loss": result.loss,
+        "images": result.images,
+        "images-per-second": result.images_per_second,
+    }
+    content = RecordDict({ARRAYS: model_arrays(site.model), METRICS: MetricRecord(metrics)})
+    return Message(content, reply_to=message)
+
+
+def evaluate_reply(config_text: str, message: Message, context: Context) -> Message:
+    """Answer an evaluation message: the loss of the held-out images, same views every round."""
+    site, partition, _, rows = _prepare(config_text, message, context)
+    loss = local_loss(
+        site.model,
+        site.pixels,
+        rows,
+        site.augmentation,
+        batch_size=site.config.train.batch_size,
+        temperature=site.config.train.temperature,
+        generator=generator_for(site.config.seed, "evaluate", partition),
+        device=site.device,
+        dtype=site.dtype,
+    )
+    metrics = {"partition-id": partition, "num-examples": len(rows), "eval-loss": loss}
+    return Message(RecordDict({METRICS: MetricRecord(metrics)}), reply_to=message)

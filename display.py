@@ -1,0 +1,64 @@
+"""What a person sees in the terminal: the opening lines, the rounds, the results."""
+
+import sys
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+
+class RoundProgress:
+    """A line for every finished round and, in a terminal, a bar with the time left."""
+
+    def __init__(self, num_rounds: int) -> None:
+        self.num_rounds = num_rounds
+        self.bar = tqdm(
+            total=num_rounds,
+            desc="  training",
+            bar_format="{desc} |{bar:24}| {n_fmt}/{total_fmt} rounds, {elapsed} so far, "
+            "{remaining} left",
+            disable=not sys.stdout.isatty(),
+            file=sys.stdout,
+            leave=False,
+        )
+
+    def __enter__(self) -> "RoundProgress":
+        tqdm.write(f"  {'round':>7}  {'train loss':>10}  {'eval loss':>9}  {'kNN':>7}  {'time':>8}")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.bar.close()
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        """Print a round's metrics line and move the bar."""
+        place = f"{row['round']}/{self.num_rounds}"
+        knn = f"{row['knn']:7.1%}" if row["knn"] is not None else f"{'-':>7}"
+        tqdm.write(
+            f"  {place:>7}  {row['train_loss']:10.3f}  {row['eval_loss']:9.3f}  {knn}  "
+            f"{row['seconds']:6.1f} s"
+        )
+        for failure in row["failures"]:
+            tqdm.write(f"           client {failure['partition']} failed: {failure['reason']}")
+        sys.stdout.flush()
+        self.bar.update()
+
+
+def print_results(result: Mapping[str, Any]) -> None:
+    """Print the table of an evaluation: top-1, mean and spread over the seeds."""
+    protocol, rows = result["protocol"], result["rows"]
+    count, labelled, tested = protocol["seeds"], result["labelled_images"], result["test_images"]
+    title = "Linear evaluation" if result["mode"] == "linear" else "Fine-tuning"
+    print(
+        f"\n{title}: {protocol['label_fraction']:.3g} of the labels ({labelled:,} images), "
+        f"{protocol['epochs']} epochs, top-1 on all {tested:,} test images, "
+        f"{count} {'seeds' if count > 1 else 'seed'}"
+    )
+    for row in rows:
+        spread = f" ± {100 * row['std']:.1f}" if row["std"] is not None else ""
+        print(f"  {row['encoder']:17} {row['method']:20} {100 * row['mean']:5.1f}{spread} %")

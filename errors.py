@@ -1,0 +1,5 @@
+"""The one exception that ends a program with a line instead of a traceback."""
+
+
+class UserError(Exception):
+    """Something the user gave is wrong: one line with the value and the remedy."""

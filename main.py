@@ -1,0 +1,158 @@
+"""Federated SimCLR in a Flower simulation, then the linear evaluation.
+
+python main.py
+python main.py --num_clients=10 --num_rounds 20
+python main.py dataset=cifar10 dataset.path=DIR
+"""
+
+import environment  # noqa: F401  isort: skip
+
+import logging
+from pathlib import Path
+
+import torch
+from flwr.simulation import run_simulation
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from client import make_client_app
+from config import run_entry
+from display import RoundProgress, print_results
+from figures import draw_loss_graph
+from model import build_model
+from rundir import RunDirectory, check_writable
+from server import make_server_app, make_strategy
+from test import check_evaluable, evaluate_run
+from utils import (
+    ClientResources,
+    ImageSet,
+    choose_device,
+    choose_dtype,
+    count_cores,
+    name_some,
+    open_image_set,
+    partition_rows,
+    plan_resources,
+    split_held_out,
+)
+
+
+def prepare(config: DictConfig) -> tuple[ClientResources, ImageSet]:
+    """Check all that can be checked before any work starts.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    resources = plan_resources(
+        config.num_clients,
+        config.num_cpus,
+        config.num_gpus,
+        count_cores(),
+        torch.cuda.device_count(),
+    )
+    make_strategy(config.strategy, config.num_clients)
+    check_writable(Path(config.run_dir))
+    image_set = open_image_set(config.dataset, config.cache_dir, config.seed, report=print)
+    parts = partition_rows(image_set.train, config.num_clients, config.partition, config.seed)
+    for rows in parts:
+        split_held_out(rows, config.held_out)
+    if has_labels(image_set):
+        check_evaluable(config.eval, image_set, config.seed)
+    return resources, image_set
+
+
+def has_labels(image_set: ImageSet) -> bool:
+    """Tell whether the linear evaluation has something to compare with."""
+    return image_set.train.labels is not None and image_set.test is not None
+
+
+def simulate(
+    config: DictConfig, resources: ClientResources, image_set: ImageSet, run: RunDirectory
+) -> None:
+    """Train all rounds with Ray-backed virtual clients; the only call of the simulation."""
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)  # failures are shown by the round
+    backend = {
+        "client_resources": {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus},
+        "init_args": {
+            "address": "local",  # never join somebody's cluster unasked
+            "num_cpus": resources.num_cpus * resources.at_a_time,
+            "num_gpus": resources.total_gpus,
+            "logging_level": logging.ERROR,
+            "log_to_driver": False,
+        },
+    }
+    with RoundProgress(config.num_rounds) as progress:
+        server_app = make_server_app(config, run, image_set, progress.show)
+        run_simulation(server_app, make_client_app(config), config.num_clients, "ray", backend)
+
+
+def print_opening(config: DictConfig, resources: ClientResources, image_set: ImageSet) -> None:
+    """Say what is about to run: data, clients at a time, device, precision, model."""
+    device = choose_device(resources.num_gpus)
+    dtype = str(choose_dtype(config.precision, device)).removeprefix("torch.")
+    share = f" and {resources.num_gpus:g} GPU" if resources.num_gpus else ""
+    cores = f"{resources.num_cpus} CPU core{'s' if resources.num_cpus > 1 else ''}"
+    model = build_model(config.model, config.dataset, config.seed, torch.device("cpu"))
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    strategy = config.strategy._target_.rpartition(".")[2]
+    partitioner = config.partition._target_.rpartition(".")[2].removesuffix("Partitioner")
+    print(
+        f"Federated SimCLR: {config.num_clients} clients, {config.num_rounds} rounds of {strategy}"
+    )
+    print(
+        f"  data       {config.dataset.name}, {len(image_set.train.pixels):,} images of "
+        f"{config.dataset.image_size} x {config.dataset.image_size} pixels, {partitioner} split"
+    )
+    if image_set.unreadable:
+        names = name_some(image_set.unreadable)
+        print(f"             {len(image_set.unreadable)} unreadable files left out: {names}")
+    print(f"  model      {config.model.encoder}, {model.stem} stem, {weights / 1e6:.1f} M weights")
+    print(
+        f"  running    {resources.at_a_time} client{'s' if resources.at_a_time > 1 else ''} at a "
+        f"time, each on {cores}{share}, device {device.type}, precision {dtype}"
+    )
+
+
+def print_ending(config: DictConfig, run: RunDirectory) -> None:
+    """Say where everything lies and what to try next."""
+    place = show_path(run.path)
+    print(f"\nEverything is in {place}")
+    print("  loss_graph.png, metrics.jsonl, results.json, encoder.safetensors, checkpoints/")
+    print("Next")
+    print("  python test.py label_fraction=0.01      the same encoder, fewer labels")
+    print("  python test.py mode=finetune            tune the encoder too")
+    print(
+        f"  tensorboard --logdir {show_path(Path(config.output_dir))}            the curves of all runs"
+    )
+    if config.dataset.name == "digits":
+        print("  python main.py dataset=cifar10          the benchmark")
+
+
+def show_path(path: Path) -> str:
+    """Write a path relative to the working directory where it lies below it."""
+    path, here = path.resolve(), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def train_and_evaluate(config: DictConfig) -> None:
+    """Do the whole job in the run directory that Hydra made."""
+    resources, image_set = prepare(config)
+    config.num_cpus, config.num_gpus = resources.num_cpus, resources.num_gpus
+    config.run_dir = HydraConfig.get().runtime.output_dir
+    run = RunDirectory.create(Path(config.run_dir), config)
+    print_opening(config, resources, image_set)
+    print(f"  directory  {show_path(run.path)}\n")
+    try:
+        simulate(config, resources, image_set, run)
+    except RuntimeError as error:
+        raise RuntimeError(f"{error}; what was done is in {show_path(run.path)}") from error
+    draw_loss_graph(run.read_metrics(), run.path / "loss_graph.png", config.dataset.name)
+    if has_labels(image_set):
+        print_results(evaluate_run(run, config, config.eval, image_set, run.last_checkpoint()))
+    else:
+        print("\nNo labels, so no linear evaluation: embed labelled images to judge the encoder.")
+    print_ending(config, run)
+
+
+if __name__ == "__main__":
+    run_entry("config", prepare, train_and_evaluate)

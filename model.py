@@ -1,0 +1,224 @@
+"""The SimCLR network, its loss, and what is read from a frozen encoder.
+
+SimCLR: Chen et al., "A Simple Framework for Contrastive Learning of Visual
+Representations", https://arxiv.org/abs/2002.05709.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from flwr.app import ArrayRecord
+from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor, nn
+from torchvision.models import ResNet, resnet18, resnet50
+
+ENCODERS = {"resnet18": resnet18, "resnet50": resnet50}
+STEMS = ("auto", "conv3x3_stride1", "conv3x3_stride2", "imagenet")
+
+
+def stem_for(image_size: int) -> str:
+    """Name the stem that keeps a useful feature map for images of this size in pixels."""
+    if image_size <= 40:
+        return "conv3x3_stride1"
+    return "conv3x3_stride2" if image_size <= 128 else "imagenet"
+
+
+def make_encoder(architecture: str, stem: str) -> ResNet:
+    """Build a torchvision ResNet without its classifier, features as output.
+
+    The parameter names are torchvision's, so `encoder.safetensors` loads into
+    `torchvision.models.resnet18()` once its `conv1` has the stem's shape.
+
+    Args:
+        architecture: "resnet18" (512 features) or "resnet50" (2048 features).
+        stem: "conv3x3_stride1" and "conv3x3_stride2" replace the first
+            convolution and drop the max-pooling (the paper's change for small
+            images, appendix B.9); "imagenet" keeps torchvision's own stem.
+
+    Raises:
+        ValueError: an unknown architecture or stem.
+    """
+    if architecture not in ENCODERS:
+        raise ValueError(f"unknown encoder {architecture!r}, known: {', '.join(ENCODERS)}")
+    if stem not in STEMS[1:]:
+        raise ValueError(f"unknown stem {stem!r}, known: {', '.join(STEMS[1:])}")
+    encoder = ENCODERS[architecture](weights=None)
+    encoder.fc = nn.Identity()
+    if stem != "imagenet":
+        stride = 1 if stem == "conv3x3_stride1" else 2
+        encoder.conv1 = nn.Conv2d(3, 64, 3, stride=stride, padding=1, bias=False)
+        nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
+        encoder.maxpool = nn.Identity()
+    return encoder
+
+
+class SimCLR(nn.Module):
+    """An encoder and the projection head that only the loss sees."""
+
+    def __init__(
+        self,
+        architecture: str,
+        stem: str,
+        projection_hidden: int,
+        projection_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        """Build both parts at random initialization.
+
+        Args:
+            architecture, stem: see `make_encoder`.
+            projection_hidden, projection_size: widths of the two-layer head.
+            mean, std: three channel statistics of images in [0, 1], taken off
+                the input; they are constants and no part of the state.
+        """
+        super().__init__()
+        self.architecture, self.stem = architecture, stem
+        self.encoder = make_encoder(architecture, stem)
+        self.feature_size = 512 * self.encoder.layer4[-1].expansion
+        self.projection_head = nn.Sequential(
+            nn.Linear(self.feature_size, projection_hidden, bias=False),
+            nn.BatchNorm1d(projection_hidden),
+            nn.ReLU(inplace=True),
+            nn.Linear(projection_hidden, projection_size),
+        )
+        for name, value in (("mean", mean), ("std", std)):
+            statistics = torch.tensor(value, dtype=torch.float32).view(1, 3, 1, 1)
+            self.register_buffer(name, statistics, persistent=False)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Encode images (B, 3, H, W) in [0, 1] to features (B, feature_size)."""
+        normalized = (images - self.mean) / self.std
+        return self.encoder(normalized.contiguous(memory_format=torch.channels_last))
+
+    def forward(self, views: Tensor) -> Tensor:
+        """Project views (B, 3, H, W) in [0, 1] to the loss's space (B, projection_size)."""
+        return self.projection_head(self.features(views))
+
+
+def build_model(
+    model: Mapping[str, Any], dataset: Mapping[str, Any], seed: int, device: torch.device
+) -> SimCLR:
+    """Build the network of a run at the initialization that the seed gives.
+
+    Args:
+        model, dataset: these sections of the configuration; the stem "auto"
+            follows the image size.
+    """
+    stem = stem_for(dataset["image_size"]) if model["stem"] == "auto" else model["stem"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        built = SimCLR(
+            model["encoder"],
+            stem,
+            model["projection_hidden"],
+            model["projection_size"],
+            dataset["mean"],
+            dataset["std"],
+        )
+    return built.to(device, memory_format=torch.channels_last)
+
+
+def nt_xent(projections: Tensor, temperature: float) -> Tensor:
+    """Normalized temperature-scaled cross entropy, equation 1 of the SimCLR paper.
+
+    Args:
+        projections: (2B, D), B >= 2 images; rows i and i + B are the two views
+            of one image. Computed in float32 whatever the dtype.
+        temperature: above 0.
+
+    Returns:
+        The mean over all 2B anchors, in nats; log(2B - 1) when all projections
+        are equal.
+
+    Raises:
+        ValueError: an odd number of rows or fewer than two images.
+    """
+    rows = projections.shape[0]
+    if rows % 2 or rows < 4:
+        raise ValueError(f"NT-Xent needs two views of at least two images, got {rows} rows")
+    with torch.autocast(projections.device.type, enabled=False):
+        unit = F.normalize(projections.float(), dim=1)
+        similarity = unit @ unit.T / temperature
+        similarity.fill_diagonal_(-torch.inf)
+        partner = torch.arange(rows, device=unit.device).roll(rows // 2)
+        return F.cross_entropy(similarity, partner)
+
+
+def model_arrays(model: nn.Module) -> ArrayRecord:
+    """Copy the whole state, counters included, into Flower arrays with their dtypes."""
+    return ArrayRecord(model.state_dict())
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a complete state, such as `arrays.to_torch_state_dict()` of Flower arrays.
+
+    Raises:
+        ValueError: a missing, unknown or misshapen array, named.
+    """
+    own = model.state_dict()
+    odd = sorted(own.keys() ^ state.keys())
+    if odd:
+        kind = "missing" if odd[0] in own else "unknown"
+        raise ValueError(f"{kind} array {odd[0]!r} ({len(odd)} names differ)")
+    for name, tensor in state.items():
+        if tensor.shape != own[name].shape:
+            shapes = f"{tuple(tensor.shape)} instead of {tuple(own[name].shape)}"
+            raise ValueError(f"array {name!r} has shape {shapes}")
+    model.load_state_dict(state)
+
+
+@torch.inference_mode()
+def extract_features(
+    model: SimCLR, images: np.ndarray, device: torch.device, dtype: torch.dtype, batch_size: int
+) -> np.ndarray:
+    """Encode images in eval mode, so that batch statistics neither matter nor move.
+
+    Args:
+        images: uint8 (N, 3, H, W).
+        dtype: the autocast type of the forward pass, float32 for none.
+
+    Returns:
+        float32 (N, feature_size). The model's train/eval mode is as before.
+    """
+    was_training = model.training
+    model.eval()
+    chunks = []
+    for start in range(0, len(images), batch_size):
+        batch = torch.from_numpy(np.array(images[start : start + batch_size]))
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            chunks.append(model.features(batch.to(device).float() / 255).float().cpu())
+    model.train(was_training)
+    return torch.cat(chunks).numpy()
+
+
+def knn_accuracy(
+    bank: np.ndarray,
+    bank_labels: np.ndarray,
+    queries: np.ndarray,
+    query_labels: np.ndarray,
+    neighbors: int,
+    temperature: float = 0.07,
+) -> float:
+    """Top-1 of the weighted nearest-neighbour vote on cosine similarity.
+
+    Each neighbour votes with exp(similarity / temperature): Wu et al., section
+    3.4, https://arxiv.org/abs/1805.01978.
+
+    Args:
+        bank, queries: features (N, D) and (M, D).
+        bank_labels, query_labels: int64 (N,) and (M,).
+        neighbors: voters per query, at most N are used.
+
+    Returns:
+        The fraction of queries classified correctly, 0 to 1.
+    """
+    classifier = KNeighborsClassifier(
+        n_neighbors=min(neighbors, len(bank)),
+        metric="cosine",
+        weights=lambda distance: np.exp((1 - distance) / temperature),
+    )
+    return float(classifier.fit(bank, bank_labels).score(queries, query_labels))

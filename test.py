@@ -1,0 +1,346 @@
+"""Linear evaluation: how good is the representation that a run has learned?
+
+python test.py                          # the newest run
+python test.py run=outputs/DATE/TIME label_fraction=0.01 seeds=5
+python test.py checkpoint=FILE
+python test.py mode=finetune            # the encoder is tuned too
+"""
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+
+from augment import Augmentation, make_augmentation
+from config import run_entry
+from display import print_results
+from errors import UserError
+from model import SimCLR, build_model, extract_features, knn_accuracy, load_state
+from rundir import RunDirectory, load_checkpoint, provenance
+from utils import ImageSet, choose_dtype, derive_seed, generator_for, open_image_set
+
+PROTOCOL = (
+    *("label_fraction", "seeds", "epochs", "batch_size", "learning_rate", "weight_decay"),
+    *("encoder_learning_rate", "knn_neighbors"),
+)
+
+
+def draw_labelled(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Draw the rows whose labels the head may see: stratified, sorted, int64.
+
+    Raises:
+        UserError: too few for every class to appear.
+    """
+    rows = np.arange(len(labels))
+    if fraction == 1:
+        return rows
+    classes = np.unique(labels)
+    remedy = f"too few labels for each of the {len(classes)} classes to appear; raise it"
+    try:
+        drawn, _ = train_test_split(rows, train_size=fraction, stratify=labels, random_state=seed)
+    except ValueError as error:
+        raise UserError(f"label_fraction={fraction}: {remedy}") from error
+    if len(np.unique(labels[drawn])) < len(classes):
+        raise UserError(f"label_fraction={fraction}: {len(drawn)} labels, {remedy}")
+    return np.sort(drawn)
+
+
+def train_linear_head(
+    features: np.ndarray,
+    labels: np.ndarray,
+    num_classes: int,
+    settings: Mapping[str, Any],
+    seed: int,
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Train a linear softmax classifier on standardized features, float32 (N, D).
+
+    SGD with momentum 0.9, the rate falling to zero along a cosine.
+
+    Returns:
+        A function from features (M, D) to predicted classes (M,).
+    """
+    scaler = StandardScaler().fit(features)
+    inputs = torch.from_numpy(scaler.transform(features)).float()
+    targets = torch.from_numpy(labels)
+    head = nn.Linear(inputs.shape[1], num_classes)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    groups = [{"params": head.parameters(), "lr": settings["learning_rate"]}]
+    order = generator_for(seed, "head")
+    _fit(groups, lambda rows: head(inputs[rows]), targets, settings, order)
+
+    @torch.inference_mode()
+    def predict(queries: np.ndarray) -> np.ndarray:
+        return head(torch.from_numpy(scaler.transform(queries)).float()).argmax(dim=1).numpy()
+
+    return predict
+
+
+def _fit(
+    groups: list[dict[str, Any]],
+    logits_of: Callable[[Tensor], Tensor],
+    targets: Tensor,
+    settings: Mapping[str, Any],
+    generator: torch.Generator,
+) -> None:
+    """Minimize the cross entropy over rows for the epochs of the settings."""
+    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=settings["weight_decay"])
+    batches = -(-len(targets) // settings["batch_size"])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings["epochs"] * batches)
+    for _ in range(settings["epochs"]):
+        for rows in torch.randperm(len(targets), generator=generator).chunk(batches):
+            loss = F.cross_entropy(logits_of(rows), targets[rows].to(groups[0]["params"][0].device))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+
+
+def finetune(
+    model: SimCLR,
+    images: np.ndarray,
+    labels: np.ndarray,
+    num_classes: int,
+    augmentation: Augmentation,
+    settings: Mapping[str, Any],
+    dtype: torch.dtype,
+    seed: int,
+) -> nn.Module:
+    """Train the encoder in place together with a linear head on labelled images.
+
+    The images (uint8, (N, 3, H, W)) are cropped, turned and flipped as in
+    training, their colours stay. Returns the head.
+    """
+    device = model.mean.device
+    head = nn.Linear(model.feature_size, num_classes, device=device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    mild = replace(augmentation, jitter=0.0, grayscale=0.0, blur=0.0)
+    generator = generator_for(seed, "finetune")
+
+    def logits_of(rows: Tensor) -> Tensor:
+        batch = torch.from_numpy(images[rows.numpy()]).to(device)
+        views = mild.two_views(batch, generator)[: len(rows)]
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            return head(model.features(views)).float()
+
+    model.train()
+    groups = [
+        {"params": list(head.parameters()), "lr": settings["learning_rate"]},
+        {"params": list(model.encoder.parameters()), "lr": settings["encoder_learning_rate"]},
+    ]
+    _fit(groups, logits_of, torch.from_numpy(labels), settings, generator)
+    model.eval()
+    return head
+
+
+def state_digest(module: nn.Module) -> str:
+    """Hash every parameter and buffer of a module, names included."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class Evaluation:
+    """One protocol, applied alike to several encoders of the same run."""
+
+    def __init__(self, config: DictConfig, settings: DictConfig, image_set: ImageSet) -> None:
+        """Draw the labelled rows of every seed.
+
+        Args:
+            config: of the run that trained the encoder.
+            settings: the `eval` section.
+
+        Raises:
+            UserError: no labels, or too few.
+        """
+        check_evaluable(settings, image_set, config.seed)
+        self.config, self.settings = config, settings
+        self.train, self.test = image_set.train, image_set.test
+        self.num_classes = int(max(self.train.labels.max(), self.test.labels.max())) + 1
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = choose_dtype(config.precision, self.device)
+        self.seeds = [derive_seed(config.seed, "labels", i) % 2**32 for i in range(settings.seeds)]
+        self.labelled = [
+            draw_labelled(self.train.labels, settings.label_fraction, seed) for seed in self.seeds
+        ]
+
+    def frozen(self, name: str, model: SimCLR) -> list[dict[str, Any]]:
+        """Score a linear head and kNN over the frozen encoder.
+
+        Raises:
+            RuntimeError: the encoder changed, which would be a defect.
+        """
+        before = state_digest(model.encoder)
+        rows = np.unique(np.concatenate(self.labelled))
+        features = self._features(model, self.train.pixels[rows])
+        test_features = self._features(model, self.test.pixels)
+        linear, knn = [], []
+        for seed, labelled in zip(self.seeds, self.labelled, strict=True):
+            bank, labels = features[np.searchsorted(rows, labelled)], self.train.labels[labelled]
+            predict = train_linear_head(bank, labels, self.num_classes, self.settings, seed)
+            linear.append(float((predict(test_features) == self.test.labels).mean()))
+            neighbors = self.settings.knn_neighbors
+            knn.append(knn_accuracy(bank, labels, test_features, self.test.labels, neighbors))
+        if state_digest(model.encoder) != before:
+            raise RuntimeError("the frozen encoder changed during the evaluation")
+        return [
+            row(name, "linear head", linear) | {"encoder_sha256": before},
+            row(name, "kNN", knn) | {"encoder_sha256": before},
+        ]
+
+    def tuned(self, name: str, model: SimCLR) -> list[dict[str, Any]]:
+        """Score the encoder tuned together with its head, from the same start for each seed."""
+        scores = []
+        augmentation = make_augmentation(self.config.augment, self.config.dataset.image_size)
+        for seed, labelled in zip(self.seeds, self.labelled, strict=True):
+            tuned = copy.deepcopy(model)
+            head = finetune(
+                tuned,
+                np.asarray(self.train.pixels[labelled]),
+                self.train.labels[labelled],
+                self.num_classes,
+                augmentation,
+                self.settings,
+                self.dtype,
+                seed,
+            )
+            features = torch.from_numpy(self._features(tuned, self.test.pixels)).to(self.device)
+            with torch.inference_mode():
+                predicted = head(features).argmax(dim=1).cpu().numpy()
+            scores.append(float((predicted == self.test.labels).mean()))
+        return [row(name, "fine-tuned", scores)]
+
+    def raw_pixels(self) -> dict[str, Any]:
+        """Score logistic regression on the pixels: what can be had without any encoder."""
+        scores = []
+        test = self.test.pixels.reshape(len(self.test.pixels), -1) / np.float32(255)
+        for labelled in self.labelled:
+            pixels = self.train.pixels[labelled].reshape(len(labelled), -1) / np.float32(255)
+            classifier = LogisticRegression(max_iter=1000).fit(pixels, self.train.labels[labelled])
+            scores.append(float(classifier.score(test, self.test.labels)))
+        return row("raw pixels", "logistic regression", scores)
+
+    def _features(self, model: SimCLR, pixels: np.ndarray) -> np.ndarray:
+        return extract_features(
+            model, pixels, self.device, self.dtype, self.settings.feature_batch_size
+        )
+
+
+def row(encoder: str, method: str, scores: list[float]) -> dict[str, Any]:
+    """Summarize the top-1 of several seeds: mean and sample standard deviation."""
+    spread = float(np.std(scores, ddof=1)) if len(scores) > 1 else None
+    return {
+        "encoder": encoder,
+        "method": method,
+        "top1": scores,
+        "mean": float(np.mean(scores)),
+        "std": spread,
+    }
+
+
+def check_evaluable(settings: Mapping[str, Any], image_set: ImageSet, seed: int) -> None:
+    """Make sure that there are labels, and enough of them, before any work starts.
+
+    Raises:
+        UserError: no labelled test images, or too few training labels.
+    """
+    if image_set.test is None or image_set.test.labels is None or image_set.train.labels is None:
+        raise UserError("these images have no labels, so there is nothing to evaluate against")
+    draw_labelled(image_set.train.labels, settings["label_fraction"], seed)
+
+
+def evaluate_run(
+    run: RunDirectory,
+    config: DictConfig,
+    settings: DictConfig,
+    image_set: ImageSet,
+    checkpoint: Path,
+) -> dict[str, Any]:
+    """Evaluate a checkpoint beside a random encoder and the raw pixels; record it.
+
+    Raises:
+        UserError: no labels, or a checkpoint of another architecture.
+    """
+    evaluation = Evaluation(config, settings, image_set)
+    model = build_model(config.model, config.dataset, config.seed, evaluation.device)
+    random_model = copy.deepcopy(model)
+    state, round_number = load_checkpoint(checkpoint)
+    try:
+        load_state(model, state)
+    except ValueError as error:
+        raise UserError(
+            f"checkpoint={checkpoint}: of another architecture than {config.model.encoder} "
+            f"with stem {model.stem} ({error}); evaluate it with its own run"
+        ) from error
+    score = evaluation.tuned if settings.mode == "finetune" else evaluation.frozen
+    rows = score("federated SimCLR", model) + score("random encoder", random_model)
+    result = {
+        "mode": settings.mode,
+        "protocol": {key: settings[key] for key in PROTOCOL},
+        "round": round_number,
+        "labelled_images": len(evaluation.labelled[0]),
+        "test_images": len(evaluation.test.pixels),
+        "rows": [*rows, evaluation.raw_pixels()],
+        "seed": config.seed,
+        "checkpoint": checkpoint.name,
+        "measured": provenance(),
+    }
+    run.add_result(result)
+    return result
+
+
+def find_checkpoint(settings: DictConfig) -> tuple[RunDirectory, Path]:
+    """Find what to evaluate: a given file, or the last checkpoint of a run.
+
+    Raises:
+        UserError: neither is there.
+    """
+    if settings.checkpoint:
+        checkpoint = Path(settings.checkpoint).expanduser()
+        load_checkpoint(checkpoint)  # says more about a wrong path than a missing run would
+        return RunDirectory(checkpoint.resolve().parent.parent), checkpoint
+    run = RunDirectory(Path(settings.run).expanduser().resolve())
+    run.load_config()
+    return run, run.last_checkpoint()
+
+
+def prepare(settings: DictConfig) -> tuple[RunDirectory, DictConfig, ImageSet, Path]:
+    """Open all that an evaluation needs, so that nothing fails after the work.
+
+    Raises:
+        UserError: a checkpoint, run or image set that can't be used.
+    """
+    run, checkpoint = find_checkpoint(settings)
+    config = run.load_config()
+    config.precision = settings.precision
+    if settings.path:
+        config.dataset.path = settings.path
+    image_set = open_image_set(config.dataset, settings.cache_dir, config.seed, report=print)
+    check_evaluable(settings, image_set, config.seed)
+    return run, config, image_set, checkpoint
+
+
+def evaluate(settings: DictConfig) -> None:
+    """Evaluate a run as the command line asks; print and record the result."""
+    run, config, image_set, checkpoint = prepare(settings)
+    print(f"Evaluating {checkpoint} on {config.dataset.name}")
+    print_results(evaluate_run(run, config, settings, image_set, checkpoint))
+    print(f"Recorded in {run.results}")
+
+
+if __name__ == "__main__":
+    run_entry("test", prepare, evaluate)

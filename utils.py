@@ -1,0 +1,411 @@
+"""Image sets, partitions, seeds, device and precision: what every process prepares alike."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+import sources
+from errors import UserError
+from sources import Encoded, Source
+
+CACHE_FORMAT = 1
+DECODE_BATCH = 1024
+MAX_NAMES = 5  # of unreadable files, in messages
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Images:
+    """Decoded images: uint8 (N, 3, S, S), memory-mapped, and int64 labels (N,) or None."""
+
+    pixels: np.ndarray
+    labels: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A data set ready for training.
+
+    Attributes:
+        train, test: test is None where the source has no labelled test images.
+        class_names: empty without labels.
+        unreadable: names of files that could not be decoded and were left out.
+        key: names the cache entry; equal keys mean equal contents.
+    """
+
+    train: Images
+    test: Images | None
+    class_names: list[str]
+    unreadable: list[str]
+    key: str
+
+
+def open_image_set(
+    spec: Mapping[str, Any], cache_dir: str, seed: int, report: Report = lambda line: None
+) -> ImageSet:
+    """Open an image set, decoding it into the cache the first time.
+
+    The cache is keyed by the data's fingerprint and the image size, written
+    under a temporary name and renamed, and shared by all processes through the
+    page cache.
+
+    Args:
+        spec: the `dataset` section of the configuration.
+        cache_dir: where decoded images are kept; ~ is the home directory.
+        seed: decides the test split where the source has none.
+        report: told, in one line, of work that takes long.
+
+    Raises:
+        UserError: the data can't be found or read, or the cache not written.
+    """
+    path = Path(spec["path"]).expanduser().resolve() if spec.get("path") else None
+    if path is not None and not path.exists():
+        raise UserError(f"dataset.path={spec['path']}: no such folder; check the path")
+    if path is not None and (not path.is_dir() or not any(path.iterdir())):
+        kind = "an empty folder" if path.is_dir() else "not a folder"
+        raise UserError(f"dataset.path={spec['path']}: {kind}; give a folder with images")
+    key = _cache_key(spec, path, seed)
+    entry = Path(cache_dir).expanduser() / key
+    if not (entry / "meta.json").is_file():
+        _build_cache(entry, spec, path, seed, report)
+    return _open_cache(entry)
+
+
+def _cache_key(spec: Mapping[str, Any], path: Path | None, seed: int) -> str:
+    """Hash what decides the decoded images: settings, and each file's size and age."""
+    settings = {name: spec[name] for name in sorted(spec) if name not in ("path", "mean", "std")}
+    parts = [str(CACHE_FORMAT), json.dumps(settings, default=str), str(path)]
+    if spec.get("test_fraction"):
+        parts.append(f"seed {seed}")
+    if path is not None:
+        for folder, folders, names in os.walk(path, followlinks=True):
+            folders.sort()
+            for name in sorted(names):
+                status = os.stat(os.path.join(folder, name))
+                parts.append(f"{folder}/{name} {status.st_size} {status.st_mtime_ns}")
+    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    return f"{spec['name'].replace('/', '--')}-{spec['image_size']}px-{digest}"
+
+
+def _build_cache(
+    entry: Path, spec: Mapping[str, Any], path: Path | None, seed: int, report: Report
+) -> None:
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", dir=entry.parent))
+    except OSError as error:
+        raise UserError(
+            f"cache_dir={entry.parent}: can't be written ({error.strerror}); choose another"
+        ) from error
+    try:
+        source = _read_source(spec, path, seed, scratch / "source")
+        total = sum(split.count for split in source.splits.values())
+        if total > DECODE_BATCH * 2:
+            report(f"Decoding {total:,} images, once; later runs open the cache.")
+        built = scratch / "built"
+        built.mkdir()
+        unreadable: list[str] = []
+        sizes = {}
+        for name, split in source.splits.items():
+            kept = _write_pixels(
+                built / f"{name}.pixels", split.read(), spec["image_size"], unreadable
+            )
+            if not kept:
+                raise UserError(
+                    f"dataset.path={path}: none of the {split.count} {name} images can be "
+                    f"read ({name_some(unreadable)}); check the files"
+                )
+            sizes[name] = len(kept)
+            if split.labels is not None:
+                np.save(built / f"{name}.labels.npy", split.labels[kept])
+        meta = {
+            "sizes": sizes,
+            "image_size": spec["image_size"],
+            "class_names": source.class_names,
+            "unreadable": unreadable,
+        }
+        (built / "meta.json").write_text(json.dumps(meta))
+        try:
+            os.rename(built, entry)
+        except OSError:
+            if not (entry / "meta.json").is_file():  # else another process was faster
+                raise
+    except OSError as error:
+        raise UserError(
+            f"cache_dir={entry.parent}: can't be written ({error}); free space or choose another"
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _read_source(spec: Mapping[str, Any], path: Path | None, seed: int, scratch: Path) -> Source:
+    kind, fraction = spec["source"], spec.get("test_fraction")
+    if kind == "digits":
+        return sources.digits(fraction, seed)
+    if kind == "imagefolder":
+        if path is None:
+            raise UserError("dataset=imagefolder needs a folder: add dataset.path=DIR")
+        return sources.image_folder(path, spec["labels"], fraction, seed)
+    if kind == "hub":
+        if not spec["hub_name"] and path is None:
+            raise UserError("dataset=hub needs a name: add dataset.name=OWNER/NAME")
+        columns = (spec["image_column"], spec["label_column"])
+        splits = (spec["train_split"], spec["test_split"])
+        return sources.hub_dataset(
+            spec["hub_name"], path, spec["revision"], columns, splits, fraction, seed, scratch
+        )
+    raise UserError(f"dataset.source={kind}: unknown; known: digits, hub, imagefolder")
+
+
+def _write_pixels(
+    file: Path, images: Iterator[Encoded], image_size: int, unreadable: list[str]
+) -> list[int]:
+    """Decode images into a file, some at a time; return which ones could be read."""
+    kept: list[int] = []
+    row = 0
+    with file.open("wb") as out, ThreadPoolExecutor() as pool:
+        while batch := list(islice(images, DECODE_BATCH)):
+            for image, pixels in zip(
+                batch, pool.map(lambda item: decode(item.data, image_size), batch), strict=True
+            ):
+                if pixels is None:
+                    unreadable.append(image.name)
+                else:
+                    out.write(pixels.tobytes())
+                    kept.append(row)
+                row += 1
+        out.flush()
+        os.fsync(out.fileno())
+    return kept
+
+
+def decode(data: bytes | Path | np.ndarray, image_size: int) -> np.ndarray | None:
+    """Decode an image of any size and mode to uint8 (3, image_size, image_size).
+
+    The shorter side is resized, the longer one cropped to the middle.
+    Transparent pixels become white, 16-bit images keep their upper 8 bits, and
+    the camera's rotation is applied.
+
+    Returns:
+        None where the image can't be read.
+    """
+    try:
+        opened = Image.fromarray(data) if isinstance(data, np.ndarray) else None
+        if opened is None:
+            opened = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
+        with opened as image:
+            rgb = ImageOps.exif_transpose(to_rgb(image))
+            if rgb.size != (image_size, image_size):
+                rgb = ImageOps.fit(rgb, (image_size, image_size), Image.Resampling.BILINEAR)
+            return np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None  # PIL raises any of these on broken files
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to RGB, on white where it is transparent."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        values = np.asarray(image, dtype=np.float64)
+        low, high = values.min(), values.max()
+        image = Image.fromarray(((values - low) * 255 / max(high - low, 1e-9)).astype(np.uint8))
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def name_some(names: list[str]) -> str:
+    """Join the first names for a message and say how many more there are."""
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more
+
+
+def _open_cache(entry: Path) -> ImageSet:
+    meta = json.loads((entry / "meta.json").read_text())
+    side = meta["image_size"]
+
+    def images(name: str) -> Images:
+        shape = (meta["sizes"][name], 3, side, side)
+        pixels = np.memmap(entry / f"{name}.pixels", dtype=np.uint8, mode="r", shape=shape)
+        labels = entry / f"{name}.labels.npy"
+        return Images(pixels, np.load(labels) if labels.is_file() else None)
+
+    test = images("test") if "test" in meta["sizes"] else None
+    return ImageSet(images("train"), test, meta["class_names"], meta["unreadable"], entry.name)
+
+
+def partition_rows(
+    images: Images, num_partitions: int, spec: Mapping[str, Any], seed: int
+) -> list[np.ndarray]:
+    """Deal the training images out to the clients by a partitioner of flwr-datasets.
+
+    Args:
+        spec: the `partition` section: `_target_` and its arguments, and for the
+            pathological one `classes_per_client`.
+
+    Returns:
+        For each client the rows of its images, int64, disjoint.
+
+    Raises:
+        UserError: the partitioner needs labels that don't exist, or can't deal
+            the images out as asked.
+    """
+    import datasets
+    from hydra.utils import instantiate
+
+    arguments = dict(spec)
+    classes_per_client = arguments.pop("classes_per_client", None)
+    rows = np.random.default_rng(derive_seed(seed, "partition")).permutation(len(images.pixels))
+    columns: dict[str, np.ndarray] = {"row": rows}
+    partitioner_name = str(spec["_target_"]).rpartition(".")[2]
+    if "partition_by" in arguments:
+        if images.labels is None:
+            raise UserError(
+                f"partition: {partitioner_name} needs labels, these images have none; "
+                "use partition=iid"
+            )
+        columns["label"] = images.labels[rows]
+    if classes_per_client is not None:
+        columns["class_group"] = class_groups(columns["label"], classes_per_client, seed)
+    try:
+        partitioner = instantiate(arguments, num_partitions=num_partitions)
+        partitioner.dataset = datasets.Dataset.from_dict(columns)
+        parts = [partitioner.load_partition(i)["row"] for i in range(num_partitions)]
+    except Exception as error:  # flwr-datasets raises ValueError, Hydra wraps it
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise UserError(
+            f"partition: {partitioner_name} can't deal {len(rows)} images out to "
+            f"{num_partitions} clients ({reason}); change num_clients or partition"
+        ) from error
+    return [np.asarray(part, dtype=np.int64) for part in parts]
+
+
+def class_groups(labels: np.ndarray, classes_per_client: int, seed: int) -> np.ndarray:
+    """Put the classes into groups of `classes_per_client`, drawn by the seed.
+
+    Dealing out groups gives the clients disjoint classes until all are used;
+    the library's own assignment leaves some classes with nobody.
+
+    Raises:
+        UserError: more classes per client than there are.
+    """
+    classes = np.unique(labels)
+    if not 1 <= classes_per_client <= len(classes):
+        raise UserError(
+            f"partition.classes_per_client={classes_per_client}: must be from 1 to "
+            f"{len(classes)}, the number of classes"
+        )
+    order = np.random.default_rng(derive_seed(seed, "class groups")).permutation(len(classes))
+    return order[np.searchsorted(classes, labels)] // classes_per_client
+
+
+def split_held_out(rows: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Split a client's rows, already in random order, into training and held-out ones.
+
+    At least two are held out, the least that a contrastive loss can compare.
+
+    Raises:
+        UserError: fewer than two remain for training.
+    """
+    held_out = max(2, round(fraction * len(rows)))
+    if len(rows) - held_out < 2:
+        raise UserError(
+            f"a client has {len(rows)} images, too few to train on 2 and hold {held_out} out; "
+            "use fewer clients or more images"
+        )
+    return rows[held_out:], rows[:held_out]
+
+
+@dataclass(frozen=True)
+class ClientResources:
+    """What each simulated client gets, and how many run at a time.
+
+    Attributes:
+        num_cpus, num_gpus: per client process.
+        total_gpus: of the machine, 0 if the clients use none.
+    """
+
+    num_cpus: int
+    num_gpus: float
+    total_gpus: int
+    at_a_time: int
+
+
+def plan_resources(
+    num_clients: int, num_cpus: int | None, num_gpus: float | None, cores: int, gpus: int
+) -> ClientResources:
+    """Share the machine among the clients.
+
+    Args:
+        num_cpus: cores per client process; None divides the cores evenly.
+        num_gpus: GPU share per client process; None gives each GPU one client.
+        cores, gpus: of the machine.
+
+    Raises:
+        UserError: more is asked for than the machine has.
+    """
+    if num_cpus is not None and num_cpus > cores:
+        raise UserError(f"num_cpus={num_cpus}: this machine has {cores} cores; use at most that")
+    if num_gpus and gpus == 0:
+        raise UserError(f"num_gpus={num_gpus}: PyTorch finds no GPU here; leave num_gpus out")
+    if num_gpus and num_gpus > gpus:
+        raise UserError(f"num_gpus={num_gpus}: this machine has {gpus} GPUs; use at most that")
+    if num_gpus is None:
+        num_gpus = 1 if gpus else 0
+    slots = min(num_clients, cores)
+    if num_gpus:
+        slots = min(slots, int(gpus / num_gpus))
+    if num_cpus is None:
+        num_cpus = max(1, cores // slots)
+    at_a_time = min(slots, cores // num_cpus)
+    return ClientResources(num_cpus, num_gpus, gpus if num_gpus else 0, at_a_time)
+
+
+def count_cores() -> int:
+    """Count the CPU cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def derive_seed(seed: int, *purpose: int | str) -> int:
+    """Hash the run's seed and a purpose, such as ("train", round, partition), to 63 bits."""
+    text = json.dumps([seed, *purpose]).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
+
+
+def generator_for(seed: int, *purpose: int | str) -> torch.Generator:
+    """Make a CPU generator that depends on nothing but the seed and the purpose."""
+    return torch.Generator().manual_seed(derive_seed(seed, *purpose))
+
+
+def choose_device(num_gpus: float) -> torch.device:
+    """Choose CUDA for a process that was granted (a share of) a GPU, else the CPU."""
+    return torch.device("cuda" if num_gpus > 0 and torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Choose the autocast type: bfloat16 where "auto" finds hardware for it, else float32."""
+    if precision != "auto":
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[precision]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
