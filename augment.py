@@ -164,7 +164,7 @@ def recolor(
     """Apply the four jitters in this order as one affine map, then clamp to [0, 1].
 
     Hue turns the chroma plane of YIQ, which keeps the luma; torchvision turns
-    HSV instead and agrees to first order only.
+    HSV instead: the same direction, but the luma moves too.
 
     Args:
         images: float (B, 3, H, W) in [0, 1].
@@ -190,7 +190,7 @@ def recolor(
 def hue_rotation(turns: Tensor) -> Tensor:
     """Colour matrices (B, 3, 3) that turn the chroma of YIQ by `turns` (B,)."""
     to_yiq = torch.tensor(RGB_TO_YIQ, device=turns.device)
-    angle = 2 * math.pi * turns
+    angle = -2 * math.pi * turns  # the way HSV counts hues: red, green, blue
     cos, sin = torch.cos(angle), torch.sin(angle)
     zero, one = torch.zeros_like(cos), torch.ones_like(cos)
     rows = [one, zero, zero, zero, cos, -sin, zero, sin, cos]

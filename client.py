@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
@@ -188,29 +188,48 @@ def local_loss(
     return total / len(indices)
 
 
-def make_client_app(config: DictConfig) -> ClientApp:
+@dataclass(frozen=True)
+class Identity:
+    """Which configuration (as YAML) a client follows, and which partition of how many it holds."""
+
+    config_text: str
+    partition: int
+    num_partitions: int
+
+
+def make_client_app(identify: Callable[[Context], Identity]) -> ClientApp:
     """Build the ClientApp: the same for a simulated client and for a SuperNode.
 
-    The node's configuration says which partition it is ("partition-id") and of
-    how many ("num-partitions"). Answers carry "partition-id" and "num-examples".
+    Args:
+        identify: tells from a message's context who the client is.
     """
     app = ClientApp()
-    text = OmegaConf.to_yaml(config, resolve=True)  # hashable, so that sites can be cached
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return train_reply(text, message, context)
+        return train_reply(identify(context), message)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        return evaluate_reply(text, message, context)
+        return evaluate_reply(identify(context), message)
 
     @app.query()
     def query(message: Message, context: Context) -> Message:
-        metrics = MetricRecord({"partition-id": int(context.node_config["partition-id"])})
+        metrics = MetricRecord({"partition-id": identify(context).partition})
         return Message(RecordDict({METRICS: metrics}), reply_to=message)
 
     return app
+
+
+def simulated(config: DictConfig) -> Callable[[Context], Identity]:
+    """Identify virtual clients: Flower numbers their partitions itself."""
+    text = OmegaConf.to_yaml(config, resolve=True)
+
+    def identify(context: Context) -> Identity:
+        node = context.node_config
+        return Identity(text, int(node["partition-id"]), int(node["num-partitions"]))
+
+    return identify
 
 
 @dataclass
@@ -250,20 +269,17 @@ def make_optimization(spec: Mapping[str, Any]) -> Optimization:
     return Optimization(**{field.name: spec[field.name] for field in fields(Optimization)})
 
 
-def _prepare(
-    config_text: str, message: Message, context: Context
-) -> tuple[Site, int, np.ndarray, np.ndarray]:
-    """Load the message's weights; return the site, the partition and its two parts."""
-    partition = int(context.node_config["partition-id"])
-    site = open_site(config_text, int(context.node_config["num-partitions"]))
+def _prepare(identity: Identity, message: Message) -> tuple[Site, np.ndarray, np.ndarray]:
+    """Load the message's weights; return the site and its training and held-out rows."""
+    site = open_site(identity.config_text, identity.num_partitions)
     load_state(site.model, message.content[ARRAYS].to_torch_state_dict())
-    training, held_out = split_held_out(site.partitions[partition], site.config.held_out)
-    return site, partition, training, held_out
+    rows = site.partitions[identity.partition]
+    return site, *split_held_out(rows, site.config.held_out)
 
 
-def train_reply(config_text: str, message: Message, context: Context) -> Message:
+def train_reply(identity: Identity, message: Message) -> Message:
     """Answer a training message: the weights after a round of local training."""
-    site, partition, rows, _ = _prepare(config_text, message, context)
+    site, rows, _ = _prepare(identity, message)
     request = message.content[CONFIG]
     round_number, num_rounds = int(request["server-round"]), int(request["num-rounds"])
     result = local_train(
@@ -274,12 +290,12 @@ def train_reply(config_text: str, message: Message, context: Context) -> Message
         make_optimization(site.config.train),
         run_part=((round_number - 1) / num_rounds, round_number / num_rounds),
         proximal_mu=float(request.get("proximal-mu", 0.0)),
-        generator=generator_for(site.config.seed, "train", round_number, partition),
+        generator=generator_for(site.config.seed, "train", round_number, identity.partition),
         device=site.device,
         dtype=site.dtype,
     )
     metrics = {
-        "partition-id": partition,
+        "partition-id": identity.partition,
         "num-examples": len(rows),
         "train-loss": result.loss,
         "images": result.images,
@@ -289,9 +305,9 @@ def train_reply(config_text: str, message: Message, context: Context) -> Message
     return Message(content, reply_to=message)
 
 
-def evaluate_reply(config_text: str, message: Message, context: Context) -> Message:
+def evaluate_reply(identity: Identity, message: Message) -> Message:
     """Answer an evaluation message: the loss of the held-out images, same views every round."""
-    site, partition, _, rows = _prepare(config_text, message, context)
+    site, _, rows = _prepare(identity, message)
     loss = local_loss(
         site.model,
         site.pixels,
@@ -299,9 +315,9 @@ def evaluate_reply(config_text: str, message: Message, context: Context) -> Mess
         site.augmentation,
         batch_size=site.config.train.batch_size,
         temperature=site.config.train.temperature,
-        generator=generator_for(site.config.seed, "evaluate", partition),
+        generator=generator_for(site.config.seed, "evaluate", identity.partition),
         device=site.device,
         dtype=site.dtype,
     )
-    metrics = {"partition-id": partition, "num-examples": len(rows), "eval-loss": loss}
+    metrics = {"partition-id": identity.partition, "num-examples": len(rows), "eval-loss": loss}
     return Message(RecordDict({METRICS: MetricRecord(metrics)}), reply_to=message)

@@ -88,6 +88,8 @@ NULLABLE: dict[str, tuple[type, ...]] = {
     "num_gpus": (int, float),
     "checkpoint": (str,),
     "path": (str,),
+    "dataset.name": (str,),
+    "dataset.hub_name": (str,),
     "dataset.path": (str,),
     "dataset.test_fraction": (float,),
     "dataset.label_column": (str,),
@@ -231,15 +233,23 @@ def _explain(message: str, given: Sequence[str], known: DictConfig | None) -> st
 def _check_value(key: str, value: Any, default: Any) -> None:
     short = key.removeprefix("eval.")  # test.yaml has the same keys at its top
     allowed = NULLABLE.get(key)
-    if value == "???":
-        raise UserError(f"{key} is missing: add {key}=VALUE")
     if value is None and (allowed or default is None):
         return
     _check_type(key, value, allowed or _types_like(default))
+    if isinstance(value, list):
+        _check_list(key, value, len(default))
     if short in CHOICES and value not in CHOICES[short]:
         raise UserError(f"{key}={value}: {nearest(str(value), CHOICES[short])}")
     if short in RANGES:
         _check_range(key, value, *RANGES[short])
+
+
+def _check_list(key: str, value: list[Any], length: int) -> None:
+    """Check channel statistics and ranges, the only lists: numbers, as many as shipped."""
+    if len(value) != length or not all(type(item) in (int, float) for item in value):
+        raise UserError(f"{key}={value}: must be a list of {length} numbers")
+    if length == 2 and not 0 < value[0] <= value[1]:
+        raise UserError(f"{key}={value}: must rise from a number above 0")
 
 
 def _types_like(default: Any) -> tuple[type, ...]:

@@ -11,17 +11,19 @@ import logging
 from pathlib import Path
 
 import torch
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from client import make_client_app
+from client import make_client_app, simulated
 from config import run_entry
 from display import RoundProgress, print_results
 from figures import draw_loss_graph
 from model import build_model
 from rundir import RunDirectory, check_writable
-from server import make_server_app, make_strategy
+from server import Federation, make_strategy
 from test import check_evaluable, evaluate_run
 from utils import (
     ClientResources,
@@ -82,8 +84,14 @@ def simulate(
         },
     }
     with RoundProgress(config.num_rounds) as progress:
-        server_app = make_server_app(config, run, image_set, progress.show)
-        run_simulation(server_app, make_client_app(config), config.num_clients, "ray", backend)
+        server_app = ServerApp()
+
+        @server_app.main()
+        def serve(grid: Grid, context: Context) -> None:
+            Federation(grid, config, run, image_set, progress.show).train()
+
+        client_app = make_client_app(simulated(config))
+        run_simulation(server_app, client_app, config.num_clients, "ray", backend)
 
 
 def print_opening(config: DictConfig, resources: ClientResources, image_set: ImageSet) -> None:
@@ -118,14 +126,15 @@ def print_ending(config: DictConfig, run: RunDirectory) -> None:
     place = show_path(run.path)
     print(f"\nEverything is in {place}")
     print("  loss_graph.png, metrics.jsonl, results.json, encoder.safetensors, checkpoints/")
+    commands = {
+        "python test.py label_fraction=0.01": "the same encoder, fewer labels",
+        "python test.py mode=finetune": "tune the encoder too",
+        "python main.py dataset=cifar10": "the benchmark",
+        f"tensorboard --logdir {show_path(Path(config.output_dir))}": "the curves of all runs",
+    }
     print("Next")
-    print("  python test.py label_fraction=0.01      the same encoder, fewer labels")
-    print("  python test.py mode=finetune            tune the encoder too")
-    print(
-        f"  tensorboard --logdir {show_path(Path(config.output_dir))}            the curves of all runs"
-    )
-    if config.dataset.name == "digits":
-        print("  python main.py dataset=cifar10          the benchmark")
+    for command, purpose in commands.items():
+        print(f"  {command:38} {purpose}")
 
 
 def show_path(path: Path) -> str:

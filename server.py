@@ -1,4 +1,4 @@
-"""The ServerApp: rounds of a Flower strategy, guards, checkpoints, the kNN per round."""
+"""The server: rounds of a Flower strategy, guards, checkpoints, the kNN per round."""
 
 import random
 import time
@@ -11,13 +11,12 @@ import torch
 from flwr.app import (
     ArrayRecord,
     ConfigRecord,
-    Context,
     Message,
     MessageType,
     MetricRecord,
     RecordDict,
 )
-from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, FedAvgM
 from flwr.serverapp.strategy.fedopt import FedOpt
 from hydra.utils import instantiate
@@ -27,9 +26,9 @@ from torch.utils.tensorboard import SummaryWriter
 from errors import UserError
 from model import build_model, extract_features, knn_accuracy, load_state, model_arrays
 from rundir import RunDirectory
-from utils import ImageSet, choose_dtype, derive_seed
+from utils import ImageSet, choose_device, choose_dtype, derive_seed
 
-ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+ARRAYS, METRICS = "arrays", "metrics"
 OnRound = Callable[[Mapping[str, Any]], None]
 
 
@@ -58,25 +57,6 @@ class OrderedGrid:
         return sorted(self._grid.get_node_ids(), key=lambda node: self._partition_of[node])
 
 
-def make_server_app(
-    config: DictConfig, run: RunDirectory, image_set: ImageSet | None, on_round: OnRound
-) -> ServerApp:
-    """Build the ServerApp that trains for `config.num_rounds` rounds into `run`.
-
-    Args:
-        image_set: for the kNN accuracy per round; None, or a set without
-            labels, leaves it out.
-        on_round: called with the metrics line of every finished round.
-    """
-    app = ServerApp()
-
-    @app.main()
-    def main(grid: Grid, context: Context) -> None:
-        Federation(grid, config, run, image_set, on_round).train()
-
-    return app
-
-
 def make_strategy(spec: Mapping[str, Any], num_clients: int) -> FedAvg:
     """Instantiate the strategy of the `strategy` section.
 
@@ -103,9 +83,16 @@ class Federation:
         image_set: ImageSet | None,
         on_round: OnRound,
     ) -> None:
+        """Build the global model and the strategy.
+
+        Args:
+            image_set: for the kNN accuracy per round; None, or a set without
+                labels, leaves it out.
+            on_round: called with the metrics line of every finished round.
+        """
         self.grid, self.config, self.run, self.on_round = grid, config, run, on_round
         self.image_set = image_set
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = choose_device()
         self.model = build_model(config.model, config.dataset, config.seed, self.device)
         self.strategy = make_strategy(config.strategy, config.num_clients)
         self.events = SummaryWriter(str(run.path))

@@ -28,7 +28,7 @@ from display import print_results
 from errors import UserError
 from model import SimCLR, build_model, extract_features, knn_accuracy, load_state
 from rundir import RunDirectory, load_checkpoint, provenance
-from utils import ImageSet, choose_dtype, derive_seed, generator_for, open_image_set
+from utils import ImageSet, choose_device, choose_dtype, derive_seed, generator_for, open_image_set
 
 PROTOCOL = (
     *("label_fraction", "seeds", "epochs", "batch_size", "learning_rate", "weight_decay"),
@@ -171,7 +171,7 @@ class Evaluation:
         self.config, self.settings = config, settings
         self.train, self.test = image_set.train, image_set.test
         self.num_classes = int(max(self.train.labels.max(), self.test.labels.max())) + 1
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = choose_device()
         self.dtype = choose_dtype(config.precision, self.device)
         self.seeds = [derive_seed(config.seed, "labels", i) % 2**32 for i in range(settings.seeds)]
         self.labelled = [
@@ -263,6 +263,26 @@ def check_evaluable(settings: Mapping[str, Any], image_set: ImageSet, seed: int)
     draw_labelled(image_set.train.labels, settings["label_fraction"], seed)
 
 
+def load_trained(
+    config: DictConfig, checkpoint: Path, device: torch.device
+) -> tuple[SimCLR, int]:
+    """Load a checkpoint of a run; return the model and its round.
+
+    Raises:
+        UserError: a damaged checkpoint, or one of another architecture.
+    """
+    model = build_model(config.model, config.dataset, config.seed, device)
+    state, round_number = load_checkpoint(checkpoint)
+    try:
+        load_state(model, state)
+    except ValueError as error:
+        raise UserError(
+            f"checkpoint={checkpoint}: of another architecture than {config.model.encoder} "
+            f"with stem {model.stem} ({error}); evaluate it with its own run"
+        ) from error
+    return model, round_number
+
+
 def evaluate_run(
     run: RunDirectory,
     config: DictConfig,
@@ -276,16 +296,8 @@ def evaluate_run(
         UserError: no labels, or a checkpoint of another architecture.
     """
     evaluation = Evaluation(config, settings, image_set)
-    model = build_model(config.model, config.dataset, config.seed, evaluation.device)
-    random_model = copy.deepcopy(model)
-    state, round_number = load_checkpoint(checkpoint)
-    try:
-        load_state(model, state)
-    except ValueError as error:
-        raise UserError(
-            f"checkpoint={checkpoint}: of another architecture than {config.model.encoder} "
-            f"with stem {model.stem} ({error}); evaluate it with its own run"
-        ) from error
+    model, round_number = load_trained(config, checkpoint, evaluation.device)
+    random_model = build_model(config.model, config.dataset, config.seed, evaluation.device)
     score = evaluation.tuned if settings.mode == "finetune" else evaluation.frozen
     rows = score("federated SimCLR", model) + score("random encoder", random_model)
     result = {
@@ -329,6 +341,7 @@ def prepare(settings: DictConfig) -> tuple[RunDirectory, DictConfig, ImageSet, P
     config.precision = settings.precision
     if settings.path:
         config.dataset.path = settings.path
+    load_trained(config, checkpoint, choose_device())
     image_set = open_image_set(config.dataset, settings.cache_dir, config.seed, report=print)
     check_evaluable(settings, image_set, config.seed)
     return run, config, image_set, checkpoint

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -72,7 +73,11 @@ def open_image_set(
     Raises:
         UserError: the data can't be found or read, or the cache not written.
     """
-    path = Path(spec["path"]).expanduser().resolve() if spec.get("path") else None
+    path = Path(spec["path"]).expanduser().resolve() if spec["path"] else None
+    if path is None and spec["source"] == "imagefolder":
+        raise UserError("dataset=imagefolder needs a folder: add dataset.path=DIR")
+    if path is None and not spec["name"]:
+        raise UserError("dataset=hub needs a name: add dataset.name=OWNER/NAME")
     if path is not None and not path.exists():
         raise UserError(f"dataset.path={spec['path']}: no such folder; check the path")
     if path is not None and (not path.is_dir() or not any(path.iterdir())):
@@ -98,7 +103,7 @@ def _cache_key(spec: Mapping[str, Any], path: Path | None, seed: int) -> str:
                 status = os.stat(os.path.join(folder, name))
                 parts.append(f"{folder}/{name} {status.st_size} {status.st_mtime_ns}")
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    return f"{spec['name'].replace('/', '--')}-{spec['image_size']}px-{digest}"
+    return f"{(spec['name'] or 'local').replace('/', '--')}-{spec['image_size']}px-{digest}"
 
 
 def _build_cache(
@@ -157,12 +162,8 @@ def _read_source(spec: Mapping[str, Any], path: Path | None, seed: int, scratch:
     if kind == "digits":
         return sources.digits(fraction, seed)
     if kind == "imagefolder":
-        if path is None:
-            raise UserError("dataset=imagefolder needs a folder: add dataset.path=DIR")
         return sources.image_folder(path, spec["labels"], fraction, seed)
     if kind == "hub":
-        if not spec["hub_name"] and path is None:
-            raise UserError("dataset=hub needs a name: add dataset.name=OWNER/NAME")
         columns = (spec["image_column"], spec["label_column"])
         splits = (spec["train_split"], spec["test_split"])
         return sources.hub_dataset(
@@ -287,7 +288,8 @@ def partition_rows(
     try:
         partitioner = instantiate(arguments, num_partitions=num_partitions)
         partitioner.dataset = datasets.Dataset.from_dict(columns)
-        parts = [partitioner.load_partition(i)["row"] for i in range(num_partitions)]
+        with warnings.catch_warnings(action="ignore"):  # of each draw that it repeats
+            parts = [partitioner.load_partition(i)["row"] for i in range(num_partitions)]
     except Exception as error:  # flwr-datasets raises ValueError, Hydra wraps it
         reason = str(error.__cause__ or error).splitlines()[0]
         raise UserError(
@@ -395,9 +397,9 @@ def generator_for(seed: int, *purpose: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(seed, *purpose))
 
 
-def choose_device(num_gpus: float) -> torch.device:
-    """Choose CUDA for a process that was granted (a share of) a GPU, else the CPU."""
-    return torch.device("cuda" if num_gpus > 0 and torch.cuda.is_available() else "cpu")
+def choose_device(num_gpus: float | None = None) -> torch.device:
+    """Choose CUDA where there is a GPU, unless this process was granted no share of it (0)."""
+    return torch.device("cuda" if num_gpus != 0 and torch.cuda.is_available() else "cpu")
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:

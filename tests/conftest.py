@@ -1,0 +1,54 @@
+"""Fixtures on small real data: scikit-learn's digits and, where present, CIFAR-10."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import environment  # noqa: F401
+from config import load_config
+from model import build_model
+from utils import open_image_set
+
+ROOT = Path(__file__).resolve().parent.parent
+CIFAR10 = Path(os.environ.get("CIFAR10_DIR", ROOT.parent / "shared" / "data" / "cifar10"))
+CPU = torch.device("cpu")
+
+torch.set_num_threads(os.cpu_count() or 1)
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def cifar10():
+    if not CIFAR10.is_dir():
+        pytest.skip(f"no CIFAR-10 at {CIFAR10}; set CIFAR10_DIR to a folder with its parquet files")
+    return CIFAR10
+
+
+@pytest.fixture
+def config(cache_dir, tmp_path):
+    """The real configuration, shrunk by its own keys."""
+    shrink = ["num_clients=2", "num_rounds=2", "train.local_epochs=1", "train.max_steps=2"]
+    places = [f"cache_dir={cache_dir}", f"output_dir={tmp_path}"]
+    return load_config("config", [*shrink, *places, "precision=float32", "num_cpus=1"])
+
+
+@pytest.fixture(scope="session")
+def digits(cache_dir):
+    return open_image_set(load_config("config", []).dataset, cache_dir, seed=0)
+
+
+@pytest.fixture
+def model(config):
+    return build_model(config.model, config.dataset, 0, CPU)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)

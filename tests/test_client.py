@@ -1,0 +1,162 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from augment import make_augmentation
+from client import Optimization, cosine, local_loss, local_train, make_optimization
+from model import build_model
+from utils import generator_for
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def settings():
+    return Optimization(
+        local_epochs=1,
+        batch_size=32,
+        max_steps=0,
+        learning_rate=0.05,
+        momentum=0.9,
+        weight_decay=5e-4,
+        temperature=0.5,
+    )
+
+
+@pytest.fixture
+def train(config, digits, settings):
+    """Train a fresh model on the first images; return it with the result."""
+    augmentation = make_augmentation(config.augment, 8)
+
+    def run(count=64, seed=0, proximal_mu=0.0, dtype=torch.float32, run_part=(0, 1), **changes):
+        model = build_model(config.model, config.dataset, 0, CPU)
+        result = local_train(
+            model,
+            digits.train.pixels,
+            np.arange(count),
+            augmentation,
+            replace(settings, **changes),
+            run_part=run_part,
+            proximal_mu=proximal_mu,
+            generator=generator_for(seed, "test"),
+            device=CPU,
+            dtype=dtype,
+        )
+        return model, result
+
+    return run
+
+
+def state_bytes(model):
+    return b"".join(tensor.numpy().tobytes() for tensor in model.state_dict().values())
+
+
+def distance(model, other):
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    return sum(float((a - b).detach().square().sum()) for a, b in pairs) ** 0.5
+
+
+def held_out_loss(config, digits, model, seed=0):
+    return local_loss(
+        model,
+        digits.train.pixels,
+        np.arange(200, 280),
+        make_augmentation(config.augment, 8),
+        batch_size=32,
+        temperature=0.5,
+        generator=generator_for(seed, "evaluate"),
+        device=CPU,
+        dtype=torch.float32,
+    )
+
+
+def test_training_lowers_the_loss_of_unseen_images(config, digits, train):
+    untrained = build_model(config.model, config.dataset, 0, CPU)
+    trained, result = train(count=192, local_epochs=3)
+    assert result.images == 3 * 192
+    assert result.images_per_second > 0
+    before, after = (held_out_loss(config, digits, m) for m in (untrained, trained))
+    assert after < before - 0.1
+
+
+def test_the_seed_decides_the_bytes(train):
+    first, again, other = train(seed=1)[0], train(seed=1)[0], train(seed=2)[0]
+    assert state_bytes(first) == state_bytes(again)
+    assert state_bytes(first) != state_bytes(other)
+
+
+@pytest.mark.parametrize(("count", "images"), [(2, 2), (31, 31), (33, 32), (70, 64)])
+def test_a_client_uses_the_batches_it_can_fill(train, count, images):
+    assert train(count=count)[1].images == images
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_fewer_than_two_images_are_refused(train, count):
+    with pytest.raises(ValueError, match=f"has {count}"):
+        train(count=count)
+
+
+def test_max_steps_ends_a_round_early(train):
+    assert train(count=96, local_epochs=5, max_steps=4)[1].images == 4 * 32
+
+
+def test_the_rate_falls_over_the_whole_run(train, config):
+    start = build_model(config.model, config.dataset, 0, CPU)
+    early, _ = train(run_part=(0, 0.1), weight_decay=0.0)
+    late, _ = train(run_part=(0.9, 1.0), weight_decay=0.0)
+    assert distance(late, start) < 0.2 * distance(early, start)
+    assert (cosine(0), cosine(1)) == (1, 0)
+    assert cosine(0.5) == pytest.approx(0.5)
+
+
+def test_a_diverged_loss_is_an_error_that_names_the_remedy(train):
+    with pytest.raises(FloatingPointError, match=r"lower train\.learning_rate"):
+        train(learning_rate=1e30, local_epochs=3)
+
+
+def test_fedprox_keeps_the_weights_near_the_global_ones(train, config):
+    start = build_model(config.model, config.dataset, 0, CPU)
+    free, _ = train(local_epochs=8, learning_rate=0.02)
+    tied, _ = train(local_epochs=8, learning_rate=0.02, proximal_mu=5.0)
+    assert distance(tied, start) < 0.6 * distance(free, start)
+    untied, _ = train(local_epochs=8, learning_rate=0.02, proximal_mu=0.0)
+    assert state_bytes(untied) == state_bytes(free)
+
+
+def test_fedprox_adds_the_gradient_of_its_term(config):
+    from client import _pull
+
+    model = build_model(config.model, config.dataset, 0, CPU)
+    anchor = [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    term = sum((p - a).square().sum() for p, a in zip(model.parameters(), anchor, strict=True))
+    expected = torch.autograd.grad(0.3 / 2 * term, list(model.parameters()))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    _pull(model, anchor, 0.3)
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_bfloat16_trains_as_well_as_float32(config, digits, train):
+    exact, _ = train(count=192, local_epochs=2)
+    rough, _ = train(count=192, local_epochs=2, dtype=torch.bfloat16)
+    assert all(p.dtype == torch.float32 for p in rough.parameters())
+    losses = [held_out_loss(config, digits, model) for model in (exact, rough)]
+    assert losses[0] == pytest.approx(losses[1], abs=0.1)
+
+
+def test_the_evaluation_loss_is_repeatable_and_leaves_no_trace(config, digits, model):
+    before = state_bytes(model)
+    losses = {held_out_loss(config, digits, model) for _ in range(2)}
+    assert len(losses) == 1
+    assert state_bytes(model) == before
+    assert held_out_loss(config, digits, model, seed=9) not in losses
+
+
+def test_the_settings_come_from_the_configuration(config):
+    assert make_optimization(config.train).batch_size == config.train.batch_size

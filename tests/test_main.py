@@ -1,0 +1,309 @@
+"""main.py and test.py as a user starts them: real processes, Ray and all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+import torchvision
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import main as program
+import test as evaluation
+from config import run_entry
+from conftest import ROOT
+
+SMALL = ["--num_clients=2", "--num_rounds", "2", "train.local_epochs=1"]
+
+
+def start(script, *arguments, **environment):
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env=os.environ | environment,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cache_dir):
+    """One whole run of main.py with 2 clients and 2 rounds on digits."""
+    output = tmp_path_factory.mktemp("outputs")
+    places = [f"output_dir={output}", f"cache_dir={cache_dir}"]
+    done = start("main.py", *SMALL, *places, HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return output, done
+
+
+def test_the_opening_lines_say_what_runs_where(finished):
+    text = finished[1].stdout
+    assert "2 clients, 2 rounds of FedAvg" in text
+    assert "digits, 1,437 images of 8 x 8 pixels" in text
+    assert "at a time, each on" in text
+    assert "precision " in text
+    assert "device cpu" in text or "device cuda" in text
+
+
+def test_the_terminal_stays_quiet(finished):
+    done = finished[1]
+    assert done.stderr == ""
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    assert len(lines) == len(set(lines)) < 40
+    for noise in ("WARN", "INFO", "Deprecat", "ray", "Error"):
+        assert noise not in done.stdout.replace("gray", "")
+
+
+def test_the_ending_says_where_everything_lies_and_what_is_next(finished):
+    output, done = finished
+    run = (output / "latest").resolve()
+    assert f"Everything is in {run}" in done.stdout
+    assert "python test.py mode=finetune" in done.stdout
+
+
+def test_every_promised_file_is_there(finished):
+    run = (finished[0] / "latest").resolve()
+    names = {file.name for file in run.iterdir()}
+    promised = {"config.yaml", "metrics.jsonl", "results.json", "encoder.safetensors"}
+    assert promised | {"checkpoints", "loss_graph.png"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    graph = matplotlib.image.imread(run / "loss_graph.png")
+    assert graph.shape[1] > 600
+    assert graph.std() > 0.05
+
+
+def test_the_metrics_hold_all_clients_losses(finished):
+    lines = (finished[0] / "latest" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["round"] for row in rows] == [1, 2]
+    for row in rows:
+        assert [client["partition"] for client in row["clients"]] == [0, 1]
+        # 1,437 images, half each, a tenth held out
+        assert [client["num_examples"] for client in row["clients"]] == [647, 646]
+        assert 0 < row["train_loss"] < np.log(2 * 64)
+        assert row["failures"] == []
+
+
+def test_the_encoder_loads_into_plain_torchvision(finished):
+    file = finished[0] / "latest" / "encoder.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        facts = opened.metadata()
+    assert (facts["architecture"], facts["stem"]) == ("resnet18", "conv3x3_stride1")
+    plain = torchvision.models.resnet18()
+    plain.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    missing, unexpected = plain.load_state_dict(load_file(file), strict=False)
+    assert (missing, unexpected) == (["fc.weight", "fc.bias"], [])
+
+
+def test_test_py_evaluates_the_latest_run_and_keeps_earlier_results(finished, cache_dir):
+    output, first = finished
+    before = {f: f.read_bytes() for f in (output / "latest" / "checkpoints").iterdir()}
+    done = start("test.py", f"--run={output}/latest", "seeds=2", f"cache_dir={cache_dir}")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    results = json.loads((output / "latest" / "results.json").read_text())
+    assert len(results) == 2
+    assert len(results[1]["rows"][0]["top1"]) == 2
+    # The same protocol on the same checkpoint gives the same number again.
+    assert results[1]["rows"][0]["top1"] == results[0]["rows"][0]["top1"][:2]
+    assert "360 test images" in done.stdout
+    assert "raw pixels" in first.stdout
+    assert all(file.read_bytes() == data for file, data in before.items())
+
+
+def test_the_same_seed_gives_the_same_bytes(finished, tmp_path, cache_dir):
+    again = start("main.py", *SMALL, f"output_dir={tmp_path}", f"cache_dir={cache_dir}")
+    assert again.returncode == 0, again.stderr
+    last = "latest/checkpoints/round-0002.safetensors"
+    assert (tmp_path / last).read_bytes() == (finished[0] / last).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["folder", "cifar10"])
+def test_other_data_goes_the_whole_way(kind, tmp_path, cache_dir, digits, request):
+    """A folder of unlabelled images; CIFAR-10, whose test uses all 10,000 test images."""
+    if kind == "folder":
+        for row in range(40):
+            pixels = np.array(digits.train.pixels[row]).transpose(1, 2, 0)
+            (tmp_path / "photos").mkdir(exist_ok=True)
+            matplotlib.image.imsave(tmp_path / "photos" / f"{row}.png", pixels)
+        (tmp_path / "photos" / "broken.png").touch()
+        data = ["dataset=imagefolder", f"dataset.path={tmp_path / 'photos'}"]
+        data += ["dataset.image_size=16", "num_clients=2"]
+    else:
+        path = request.getfixturevalue("cifar10")
+        data = ["dataset=cifar10", f"dataset.path={path}", "monitor.bank=200"]
+        data += ["monitor.queries=100", "eval.seeds=1", "eval.label_fraction=0.02"]
+    output = tmp_path / "outputs"
+    places = [f"output_dir={output}", f"cache_dir={cache_dir}"]
+    done = start("main.py", *data, "num_rounds=1", "train.max_steps=1", *places)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if kind == "folder":
+        assert "1 unreadable files left out" in done.stdout
+        assert "No labels" in done.stdout
+        assert not (output / "latest" / "results.json").exists()
+        refused = start("test.py", f"run={output}/latest", f"cache_dir={cache_dir}")
+        assert refused.returncode == 2
+        assert "no labels" in refused.stderr
+    else:
+        (result,) = json.loads((output / "latest" / "results.json").read_text())
+        assert result["test_images"] == 10_000
+        assert result["labelled_images"] == 1_000
+
+
+def test_memory_does_not_grow_over_rounds(tmp_path, cache_dir):
+    """Ten virtual clients, two at a time, ten rounds: resident memory of all processes."""
+    arguments = ["num_clients=10", "num_rounds=10", "train.local_epochs=1", "train.max_steps=2"]
+    arguments += [f"output_dir={tmp_path}", f"cache_dir={cache_dir}", "eval.seeds=1"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "main.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    metrics, after_round = tmp_path / "latest" / "metrics.jsonl", {}
+    try:
+        while process.poll() is None:
+            rounds = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+            if rounds and rounds not in after_round:
+                after_round[rounds] = resident_bytes("ClientAppActor", process.pid)
+            time.sleep(0.1)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, process.stderr.read()
+    assert len(after_round) >= 9
+    early, late = after_round[3], after_round[max(k for k in after_round if k < 10)]
+    assert early > 0
+    assert late < early * 1.05, {k: f"{v / 2**20:.0f} MiB" for k, v in after_round.items()}
+
+
+def resident_bytes(name, main_pid):
+    """Add up the resident memory of the Ray actors and the main process."""
+    total = 0
+    for folder in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{folder}/cmdline") as file:
+                command = file.read()
+            if name in command or int(folder) == main_pid:
+                with open(f"/proc/{folder}/statm") as file:
+                    total += int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return total
+
+
+# --- bad input ----------------------------------------------------------------
+
+
+def enter(monkeypatch, capsys, name, check, arguments):
+    """Run an entry point in this process up to its job; return its status and messages."""
+
+    def job(config):
+        raise AssertionError("work started")
+
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        run_entry(name, check, job)
+    return exit_.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dataset=cifr10"], "did you mean cifar10?"),
+        (["model=resnet34"], "unknown model"),
+        (["--strategy", "krumm"], "did you mean krum?"),
+        (["--num_client=3"], "did you mean num_clients?"),
+        (["--num_clients=0"], "at least 1"),
+        (["--num_clients", "-2"], "at least 1"),
+        (["--num_clients=700"], "a client has 2 images"),
+        (["--num_clients=5000"], "can't deal 1437 images out to 5000 clients"),
+        (["eval.label_fraction=0"], "above 0"),
+        (["eval.label_fraction=1.5"], "at most 1"),
+        (["eval.label_fraction=0.002"], "too few labels"),
+        (["dataset=cifar10", "dataset.path=/none"], "no such folder"),
+        (["dataset=imagefolder"], "add dataset.path=DIR"),
+        (["dataset=hub"], "add dataset.name=OWNER/NAME"),
+        (["--num_cpus=1000"], "num_cpus=1000: this machine has"),
+        (["strategy=fedtrimmedavg", "strategy.beta=0.7"], "FedTrimmedAvg"),
+        (["partition=pathological", "partition.classes_per_client=11"], "from 1 to 10"),
+        (["--num_rounds"], "--num_rounds needs a value"),
+        (["--multirun", "num_clients=2,0"], "num_clients=0"),
+        (["output_dir=/dev/null/x"], "can't be written"),
+        (["cache_dir=/dev/null/x"], "can't be written"),
+    ],
+)
+def test_bad_input_gets_one_line_and_status_2(monkeypatch, capsys, cache_dir, arguments, message):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    places = [] if any("_dir" in a for a in arguments) else [f"cache_dir={cache_dir}"]
+    status, error = enter(monkeypatch, capsys, "config", program.prepare, arguments + places)
+    assert status == 2
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch, capsys):
+    arguments = ["--num_gpus=0.25"]
+    status, error = enter(monkeypatch, capsys, "config", program.prepare, arguments)
+    assert (status, error.count("\n")) == (2, 1)
+    assert "finds no GPU" in error
+
+
+@pytest.mark.parametrize("content", ["empty", "no image", "only broken"])
+def test_a_useless_folder_gets_one_line(monkeypatch, capsys, tmp_path, content):
+    if content == "no image":
+        (tmp_path / "notes.txt").touch()
+    if content == "only broken":
+        (tmp_path / "a.jpg").write_text("no")
+    arguments = ["dataset=imagefolder", f"dataset.path={tmp_path}", f"cache_dir={tmp_path}/../c"]
+    status, error = enter(monkeypatch, capsys, "config", program.prepare, arguments)
+    assert (status, error.count("\n")) == (2, 1)
+    assert str(tmp_path) in error
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "other"])
+def test_a_useless_checkpoint_gets_one_line(finished, monkeypatch, capsys, tmp_path, damage):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    source = (finished[0] / "latest").resolve()
+    (run / "config.yaml").write_bytes((source / "config.yaml").read_bytes())
+    file = run / "checkpoints" / "round-0002.safetensors"
+    if damage != "missing":
+        for copied in (file, file.with_suffix(".json")):
+            copied.write_bytes((source / "checkpoints" / copied.name).read_bytes())
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:1000])
+    if damage == "other":
+        text = (run / "config.yaml").read_text()
+        (run / "config.yaml").write_text(text.replace("resnet18", "resnet50"))
+    arguments = [f"checkpoint={file}"]
+    status, error = enter(monkeypatch, capsys, "test", evaluation.prepare, arguments)
+    assert (status, error.count("\n")) == (2, 1)
+    assert str(file) in error
+
+
+def test_the_line_is_all_that_a_user_sees(tmp_path):
+    began = time.perf_counter()
+    done = start("main.py", "--num_clients=0", f"output_dir={tmp_path}/out")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "error: num_clients=0: must be at least 1\n"
+    assert time.perf_counter() - began < 60
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_hydras_own_flags_still_work():
+    shown = start("main.py", "--cfg", "job", "--num_clients=3")
+    assert shown.returncode == 0
+    assert "num_clients: 3" in shown.stdout
+    assert "num_clients" in start("main.py", "--help").stdout

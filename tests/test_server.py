@@ -1,0 +1,199 @@
+"""The server against real ClientApps, called in this process instead of through Ray."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from client import make_client_app, simulated
+from config import CONF, load_config
+from rundir import RunDirectory
+from server import Federation, make_strategy, sort_replies
+
+# Flower sets these before it runs an app; a message can't be made without them.
+TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
+STRATEGIES = sorted(file.stem for file in (CONF / "strategy").glob("*.yaml"))
+
+
+class LocalGrid:
+    """Nodes with random ids, one per partition, that answer in random order."""
+
+    def __init__(self, config, tamper=lambda partition, reply: reply):
+        self.app, self.tamper, self.asked = make_client_app(simulated(config)), tamper, []
+        ids = random.SystemRandom().sample(range(10**6), config.num_clients)
+        self.nodes = {
+            node: Context(
+                run_id=1,
+                node_id=node,
+                node_config={"partition-id": number, "num-partitions": config.num_clients},
+                state=RecordDict(),
+                run_config={},
+            )
+            for number, node in enumerate(ids)
+        }
+
+    def get_node_ids(self):
+        return random.SystemRandom().sample(list(self.nodes), len(self.nodes))
+
+    def send_and_receive(self, messages):
+        replies = []
+        for message in messages:
+            context = self.nodes[message.metadata.dst_node_id]
+            partition = context.node_config["partition-id"]
+            if message.metadata.message_type != "query":
+                self.asked.append((message.metadata.message_type, partition))
+            message.metadata.__dict__["_message_id"] = str(len(self.asked))
+            reply = self.app(message, context)
+            replies.append(self.tamper(partition, reply) if reply.content.array_records else reply)
+        return random.SystemRandom().sample(replies, len(replies))
+
+
+@pytest.fixture
+def federate(config, digits, tmp_path):
+    """Train with some overrides; return the federation after its rounds."""
+
+    def run(*overrides, tamper=lambda partition, reply: reply):
+        given = [f"cache_dir={config.cache_dir}", "num_clients=3", "num_rounds=2", "num_cpus=2"]
+        given += ["train.max_steps=1", "train.local_epochs=1", "precision=float32"]
+        changed = load_config("config", [*given, f"output_dir={tmp_path}", *overrides])
+        directory = RunDirectory.create(tmp_path / f"run{len(list(tmp_path.iterdir()))}", changed)
+        rows = []
+        grid = LocalGrid(changed, tamper)
+        federation = Federation(grid, changed, directory, digits, rows.append)
+        federation.train()
+        assert directory.read_metrics() == rows
+        return federation, rows, grid
+
+    return run
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_trains_and_keeps_the_model_sound(federate, strategy):
+    clients = 5 if strategy == "krum" else 3
+    federation, rows, _ = federate(f"strategy={strategy}", f"num_clients={clients}")
+    state = federation.model.state_dict()
+    assert len(rows) == 2
+    for name, tensor in state.items():
+        if name.endswith("num_batches_tracked"):
+            assert tensor.dtype == torch.int64
+            assert int(tensor) == 2  # one step in each of two rounds, on every client
+        else:
+            assert tensor.dtype == torch.float32
+            assert torch.isfinite(tensor).all()
+        if name.endswith("running_var"):
+            assert (tensor > 0).all()  # no server optimizer may step on these
+
+
+def test_fedavg_is_the_mean_weighted_by_samples(federate):
+    seen = []
+
+    def keep(partition, reply):
+        arrays = {k: v.numpy().copy() for k, v in reply.content["arrays"].items()}
+        seen.append((reply.content["metrics"]["num-examples"], arrays))
+        return reply
+
+    federation, rows, _ = federate(
+        "num_rounds=1", "partition=dirichlet", "num_clients=3", tamper=keep
+    )
+    weights = np.array([count for count, _ in seen], dtype=float)
+    assert len(set(weights)) > 1
+    for name, tensor in federation.model.state_dict().items():
+        expected = np.average([arrays[name] for _, arrays in seen], axis=0, weights=weights)
+        np.testing.assert_allclose(tensor.numpy(), expected, rtol=1e-4, atol=1e-6)
+    losses = [client["train_loss"] for client in rows[0]["clients"]]
+    sizes = [client["num_examples"] for client in rows[0]["clients"]]
+    assert rows[0]["train_loss"] == pytest.approx(np.average(losses, weights=sizes))
+
+
+def test_the_order_of_replies_does_not_change_a_byte(federate):
+    states = [federate()[0].model.state_dict() for _ in range(2)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_the_seed_decides_which_partitions_take_part(federate):
+    overrides = ["num_clients=8", "strategy.fraction_train=0.25", "strategy.fraction_evaluate=0.25"]
+    asked = [sorted(federate(*overrides)[2].asked) for _ in range(2)]
+    assert asked[0] == asked[1]
+    assert len(asked[0]) == 2 * (2 + 2)
+    assert asked[0] != sorted(federate(*overrides, "seed=1")[2].asked)
+
+
+def test_a_round_leaves_its_metrics_and_files(federate, config):
+    federation, rows, _ = federate("num_rounds=4", "keep_checkpoints=2")
+    directory = federation.run
+    names = [file.name for file in directory.list_checkpoints()]
+    assert names == ["round-0003.safetensors", "round-0004.safetensors"]
+    assert (directory.path / "encoder.safetensors").is_file()
+    assert list(directory.path.glob("events.out.tfevents.*"))
+    row = rows[-1]
+    assert [client["partition"] for client in row["clients"]] == [0, 1, 2]
+    assert all({"train_loss", "eval_loss"} <= client.keys() for client in row["clients"])
+    assert 0.3 < row["knn"] <= 1  # ten classes
+    assert row["failures"] == []
+    size = sum(t.nbytes for t in federation.model.state_dict().values())
+    assert row["bytes_moved"] == pytest.approx(9 * size, rel=0.01)  # 3 clients: out, back, out
+
+
+def poison(value):
+    def tamper(partition, reply):
+        if partition == 1:
+            arrays = {k: v.numpy().copy() for k, v in reply.content["arrays"].items()}
+            arrays["encoder.conv1.weight"][0, 0, 0, 0] = value
+            reply.content["arrays"] = ArrayRecord({k: Array(v) for k, v in arrays.items()})
+        return reply
+
+    return tamper
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_update_that_is_not_finite_is_left_out_and_named(federate, value):
+    federation, rows, _ = federate(tamper=poison(value))
+    assert all(torch.isfinite(t).all() for t in federation.model.state_dict().values())
+    for row in rows:
+        assert row["failures"] == [
+            {"partition": 1, "reason": "array 'encoder.conv1.weight' is not finite"}
+        ]
+
+
+def test_a_failed_client_is_left_out_and_named(federate):
+    def fail(partition, reply):
+        return Message(Error(0, "<class 'X'>:<'out of memory'>"), reply_to=reply)
+
+    def fail_first(partition, reply):
+        return fail(partition, reply) if partition == 0 else reply
+
+    _, rows, _ = federate(tamper=fail_first)
+    assert [failure["reason"] for failure in rows[0]["failures"]] == ["out of memory"]
+    with pytest.raises(RuntimeError, match=r"round 1: no client could train .*out of memory"):
+        federate(tamper=fail)
+
+
+@pytest.mark.parametrize("defect", ["missing", "unknown", "shape", "no examples"])
+def test_misshapen_updates_are_refused(defect):
+    expected = ArrayRecord({"a": Array(np.zeros(3)), "b": Array(np.zeros(2))})
+    arrays = {"a": np.zeros(3), "b": np.zeros(2)}
+    if defect == "missing":
+        del arrays["b"]
+    elif defect == "unknown":
+        arrays["c"] = np.zeros(1)
+    elif defect == "shape":
+        arrays["a"] = np.zeros((3, 1))
+    count = 0 if defect == "no examples" else 5
+    content = {
+        "arrays": ArrayRecord({k: Array(v) for k, v in arrays.items()}),
+        "metrics": MetricRecord({"partition-id": 4, "num-examples": count}),
+    }
+    message = Message(RecordDict(content), 1, "train")
+    updates, failures = sort_replies([message], expected)
+    assert updates == []
+    assert failures[0]["partition"] == 4
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_strategies_wait_for_all_clients_and_start_with_one(strategy):
+    built = make_strategy(load_config("config", [f"strategy={strategy}"]).strategy, 7)
+    assert built.min_available_nodes == 7
+    assert built.min_train_nodes == 1

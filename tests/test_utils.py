@@ -1,0 +1,344 @@
+import json
+import os
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import sources
+import utils
+from config import load_config
+from errors import UserError
+from utils import (
+    class_groups,
+    decode,
+    derive_seed,
+    open_image_set,
+    partition_rows,
+    plan_resources,
+    split_held_out,
+)
+
+
+def open_set(cache_dir, *overrides, seed=0):
+    return open_image_set(load_config("config", overrides).dataset, str(cache_dir), seed)
+
+
+def partition(images, count, *overrides, seed=0):
+    spec = load_config("config", [*overrides, f"seed={seed}"]).partition
+    return partition_rows(images, count, spec, seed)
+
+
+# --- sources ------------------------------------------------------------------
+
+
+def test_the_digits_are_split_by_the_seed_with_the_class_shares_kept(cache_dir, digits):
+    assert (len(digits.train.pixels), len(digits.test.pixels)) == (1437, 360)
+    assert digits.train.pixels.shape[1:] == (3, 8, 8)
+    shares = [np.bincount(part.labels) / len(part.labels) for part in (digits.train, digits.test)]
+    np.testing.assert_allclose(*shares, atol=0.005)
+    other = open_set(cache_dir, seed=1)
+    assert not np.array_equal(other.test.labels, digits.test.labels)
+    whole = [np.concatenate([s.train.pixels, s.test.pixels]) for s in (digits, other)]
+    rows = [np.sort(w.reshape(len(w), -1).view("S192").ravel()) for w in whole]
+    assert np.array_equal(*rows)  # the same 1,797 images, split otherwise
+
+
+def test_cifar10_from_a_local_copy_is_decoded_once(cifar10, cache_dir):
+    overrides = ["dataset=cifar10", f"dataset.path={cifar10}"]
+    first = open_set(cache_dir, *overrides)
+    assert (len(first.train.pixels), len(first.test.pixels)) == (50_000, 10_000)
+    assert np.bincount(first.train.labels).tolist() == [5_000] * 10
+    assert first.class_names[0] == "airplane"
+    began = time.perf_counter()
+    again = open_set(cache_dir, *overrides)
+    assert time.perf_counter() - began < 1
+    assert isinstance(again.train.pixels, np.memmap)
+    assert np.array_equal(again.test.pixels, first.test.pixels)
+
+
+def test_the_cache_is_opened_without_its_source(cache_dir, digits, monkeypatch):
+    monkeypatch.setattr(utils, "_read_source", None)
+    assert np.array_equal(open_set(cache_dir).train.pixels, digits.train.pixels)
+
+
+def test_without_a_network_the_hub_says_so_within_seconds(cache_dir, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("HF_HUB_CACHE", f"{cache_dir}/no-hub")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    began = time.perf_counter()
+    with pytest.raises(UserError, match=r"can't be reached.*dataset\.path=DIR"):
+        open_set(cache_dir, "dataset=cifar10")
+    assert time.perf_counter() - began < 10
+
+
+@pytest.fixture
+def folder(tmp_path, rng):
+    """Class folders with images of many modes and sizes, 6 of each class."""
+    root = tmp_path / "images"
+    for number, name in enumerate(("cat", "dog")):
+        (root / name).mkdir(parents=True)
+        for index, mode in enumerate(("RGB", "L", "RGBA", "P", "CMYK", "I;16")):
+            size = (20 + 10 * index, 30)
+            if mode == "I;16":
+                image = Image.fromarray(rng.integers(0, 2**16, size[::-1], dtype=np.uint16))
+            else:
+                pixels = rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+                image = Image.fromarray(pixels).convert(mode)
+            suffix = "jpg" if mode == "CMYK" else "png"
+            image.save(root / name / f"{number}{index}.{suffix}")
+    return root
+
+
+def test_class_folders_of_any_mode_and_size(folder, cache_dir):
+    path = f"dataset.path={folder}"
+    found = open_set(cache_dir, "dataset=imagefolder", path, "dataset.image_size=16")
+    assert found.class_names == ["cat", "dog"]
+    assert found.train.pixels.shape[1:] == (3, 16, 16)
+    assert len(found.train.pixels) + len(found.test.pixels) == 12
+    assert found.unreadable == []
+    assert set(found.test.labels) == {0, 1}
+
+
+def test_labels_can_be_ignored(folder, cache_dir):
+    overrides = ["dataset=imagefolder", f"dataset.path={folder}", "dataset.labels=false"]
+    found = open_set(cache_dir, *overrides)
+    assert found.train.labels is None
+    assert found.test is None
+    assert len(found.train.pixels) == 12
+
+
+def test_loose_images_have_no_labels(folder, cache_dir):
+    for file in folder.glob("*/*"):
+        file.rename(folder / file.name)
+    found = open_set(cache_dir, "dataset=imagefolder", f"dataset.path={folder}")
+    assert found.train.labels is None
+    assert len(found.train.pixels) == 12
+
+
+def test_train_and_test_folders_are_kept_apart(folder, cache_dir):
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (folder / part / name).mkdir(parents=True)
+    for file in folder.glob("[cd]*/*"):
+        part = "test" if file.stem.endswith("1") else "train"
+        file.rename(folder / part / file.parent.name / file.name)
+    for name in ("cat", "dog"):
+        (folder / name).rmdir()
+    found = open_set(cache_dir, "dataset=imagefolder", f"dataset.path={folder}")
+    assert (len(found.train.pixels), len(found.test.pixels)) == (10, 2)
+
+
+def test_a_changed_folder_is_read_again(folder, cache_dir):
+    overrides = ["dataset=imagefolder", f"dataset.path={folder}", "dataset.labels=false"]
+    first = open_set(cache_dir, *overrides)
+    (folder / "cat" / "00.png").unlink()
+    assert open_set(cache_dir, *overrides).key != first.key
+
+
+def test_unreadable_files_are_counted_and_named(folder, cache_dir):
+    whole = (folder / "cat" / "00.png").read_bytes()
+    (folder / "cat" / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "cat" / "text.jpg").write_text("not an image")
+    (folder / "dog" / "empty.png").touch()
+    found = open_set(
+        cache_dir, "dataset=imagefolder", f"dataset.path={folder}", "dataset.labels=false"
+    )
+    names = [os.path.basename(name) for name in found.unreadable]
+    assert names == ["text.jpg", "truncated.png", "empty.png"]
+    assert len(found.train.pixels) == 12
+
+
+def test_labels_stay_with_their_images_when_files_are_unreadable(tmp_path, cache_dir):
+    for name, gray in (("black", 0), ("white", 255)):
+        (tmp_path / name).mkdir()
+        for index in range(10):
+            Image.new("L", (9, 9), gray).save(tmp_path / name / f"{index}.png")
+        (tmp_path / name / "4.png").write_text("broken")
+    found = open_set(cache_dir, "dataset=imagefolder", f"dataset.path={tmp_path}")
+    for part in (found.train, found.test):
+        assert np.array_equal(part.pixels.mean(axis=(1, 2, 3)) > 127, part.labels == 1)
+
+
+@pytest.mark.parametrize("content", ["nothing", "no folder", "no image", "a file", "only broken"])
+def test_a_folder_without_images_gets_one_line(tmp_path, cache_dir, content):
+    path = tmp_path / "data"
+    if content == "a file":
+        path.touch()
+    elif content != "no folder":
+        path.mkdir()
+    if content == "no image":
+        (path / "notes.txt").touch()
+    if content == "only broken":
+        (path / "a.png").touch()
+        (path / "b.png").touch()
+    with pytest.raises(UserError, match=str(path)) as error:
+        open_set(cache_dir, "dataset=imagefolder", f"dataset.path={path}")
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_a_cache_that_cannot_be_written_gets_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cache_dir=.*can't be written"):
+        open_set(tmp_path / "file" / "below")
+
+
+def test_a_failed_build_leaves_nothing(tmp_path, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(utils, "_write_pixels", stop)
+    with pytest.raises(KeyboardInterrupt):
+        open_set(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_builders_of_the_same_cache_agree(tmp_path, monkeypatch):
+    whole = sources.digits
+
+    def slow(*arguments):
+        monkeypatch.setattr(sources, "digits", whole)
+        open_set(tmp_path)  # another process is faster
+        return whole(*arguments)
+
+    monkeypatch.setattr(sources, "digits", slow)
+    assert len(open_set(tmp_path).train.pixels) == 1437
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_images_of_the_right_size_keep_their_pixels(rng):
+    pixels = rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    assert np.array_equal(decode(pixels, 12), pixels.transpose(2, 0, 1))
+
+
+def test_transparent_pixels_become_white_and_16_bits_keep_the_upper_8():
+    clear = np.zeros((4, 4, 4), dtype=np.uint8)
+    assert (decode(clear, 4) == 255).all()
+    deep = np.full((4, 4), 0x4321, dtype=np.uint16)
+    assert (decode(deep, 4) == 0x43).all()
+
+
+# --- partitions ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "pathological"])
+@pytest.mark.parametrize("count", [5, 10])
+def test_partitions_are_disjoint_and_complete(digits, kind, count):
+    parts = partition(digits.train, count, f"partition={kind}")
+    assert len(parts) == count
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(1437))
+
+
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "pathological"])
+def test_the_seed_decides_the_partitions(digits, kind):
+    first, again = (partition(digits.train, 5, f"partition={kind}", seed=3) for _ in range(2))
+    other = partition(digits.train, 5, f"partition={kind}", seed=4)
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_iid_partitions_are_equal_and_mixed(digits):
+    parts = partition(digits.train, 5)
+    assert {len(part) for part in parts} <= {287, 288}
+    assert all(len(np.unique(digits.train.labels[part])) == 10 for part in parts)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 5])
+def test_pathological_clients_see_so_many_classes(digits, classes):
+    overrides = ["partition=pathological", f"partition.classes_per_client={classes}"]
+    parts = partition(digits.train, 10, *overrides)
+    seen = [len(np.unique(digits.train.labels[part])) for part in parts]
+    assert max(seen) == classes
+    if 10 % classes == 0:
+        assert set(seen) == {classes}
+
+
+def test_a_smaller_alpha_is_more_unequal(digits):
+    def skew(alpha):
+        parts = partition(digits.train, 5, "partition=dirichlet", f"partition.alpha={alpha}")
+        counts = [np.bincount(digits.train.labels[part], minlength=10) for part in parts]
+        return np.mean([row.max() / row.sum() for row in counts])
+
+    assert skew(0.1) > skew(1.0) > skew(100.0)
+
+
+@pytest.mark.parametrize(
+    ("count", "overrides"),
+    [
+        (1438, []),
+        (300, ["partition=dirichlet"]),
+        (5, ["partition=pathological", "partition.classes_per_client=11"]),
+    ],
+)
+def test_an_impossible_partition_gets_one_line(digits, count, overrides):
+    with pytest.raises(UserError, match="partition") as error:
+        partition(digits.train, count, *overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_partitions_by_class_need_labels(digits):
+    unlabelled = utils.Images(digits.train.pixels, None)
+    with pytest.raises(UserError, match=r"needs labels.*use partition=iid"):
+        partition(unlabelled, 5, "partition=dirichlet")
+    assert len(partition(unlabelled, 5)) == 5
+
+
+def test_class_groups_cover_every_class():
+    groups = class_groups(np.arange(10), 2, seed=0)
+    assert np.bincount(groups).tolist() == [2] * 5
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(100, 10), (20, 2), (4, 2)])
+def test_a_part_is_held_out(rows, expected):
+    training, held_out = split_held_out(np.arange(rows), 0.1)
+    assert len(held_out) == expected
+    assert sorted([*training, *held_out]) == list(range(rows))
+
+
+def test_too_few_images_for_a_client_are_refused():
+    with pytest.raises(UserError, match="a client has 3 images"):
+        split_held_out(np.arange(3), 0.1)
+
+
+# --- simulation settings and seeds --------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "machine", "expected"),
+    [
+        # (clients, cpus, gpus), (cores, gpus) -> (cpus, gpus, at a time)
+        ((5, None, None), (2, 0), (1, 0, 2)),
+        ((5, None, None), (16, 0), (3, 0, 5)),
+        ((5, 2, None), (2, 0), (2, 0, 1)),
+        ((2, 2, 0), (16, 1), (2, 0, 2)),
+        ((5, None, None), (16, 1), (16, 1, 1)),
+        ((5, 2, 0.25), (16, 1), (2, 0.25, 4)),
+        ((5, None, 0.25), (16, 1), (4, 0.25, 4)),
+        ((100, None, None), (8, 0), (1, 0, 8)),
+    ],
+)
+def test_the_machine_is_shared_among_the_clients(asked, machine, expected):
+    plan = plan_resources(*asked, *machine)
+    assert (plan.num_cpus, plan.num_gpus, plan.at_a_time) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ((5, 3, None), "num_cpus=3: this machine has 2 cores"),
+        ((5, None, 0.25), "num_gpus=0.25: PyTorch finds no GPU"),
+    ],
+)
+def test_more_than_the_machine_has_is_refused(asked, message):
+    with pytest.raises(UserError, match=message):
+        plan_resources(*asked, cores=2, gpus=0)
+
+
+def test_seeds_depend_on_the_purpose_and_fit_a_generator():
+    seeds = {derive_seed(0, "train", r, p) for r in range(50) for p in range(50)}
+    assert len(seeds) == 2500
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert derive_seed(0, "train", 1, 2) == derive_seed(0, "train", 1, 2)
+    assert json.dumps(derive_seed(0, "a")) != json.dumps(derive_seed(0, "b"))
