@@ -1,7 +1,7 @@
 """SimCLR's random views for a whole batch at once, each image with its own parameters.
 
-Shapes: B images, 3 channels, H x W pixels. Crop, flip and rotation are one
-resampling; brightness, contrast, saturation, hue and grayscale are one affine
+Shapes: B images, 3 channels, H x W pixels. Crop, flip, shear and rotation are
+one resampling; brightness, contrast, saturation, hue and grayscale are one affine
 map of the colours, clamped once at the end (torchvision clamps after each).
 """
 
@@ -29,6 +29,7 @@ class Augmentation:
         crop_ratio: range of width / height, drawn log-uniformly.
         flip: probability of a horizontal flip.
         rotation: largest rotation in degrees, to both sides.
+        shear: largest horizontal shear, pixels per pixel of height, to both sides.
         jitter: probability that the colours of an image are jittered at all.
         brightness, contrast, saturation: factor from [1 - s, 1 + s].
         hue: rotation of the hue from [-s, s] turns (s at most 0.5).
@@ -42,6 +43,7 @@ class Augmentation:
     crop_ratio: tuple[float, float]
     flip: float
     rotation: float
+    shear: float
     jitter: float
     brightness: float
     contrast: float
@@ -76,10 +78,12 @@ class Augmentation:
         mirror = 1 - 2 * (torch.rand(count, generator=generator) < self.flip).float()
         turn = torch.rand(count, generator=generator) * 2 - 1
         angle = turn * math.radians(self.rotation)
+        slant = self.shear * (torch.rand(count, generator=generator) * 2 - 1)
         cos, sin = torch.cos(angle), torch.sin(angle)
-        row_x = torch.stack([share_x * cos * mirror, -share_x * sin, center_x], dim=1)
-        row_y = torch.stack([share_y * sin * mirror, share_y * cos, center_y], dim=1)
-        return torch.stack([row_x, row_y], dim=1)
+        # Mirror, then shear, then turn, then shrink to the crop.
+        row_x = [share_x * cos * mirror, share_x * (cos * slant - sin), center_x]
+        row_y = [share_y * sin * mirror, share_y * (sin * slant + cos), center_y]
+        return torch.stack([torch.stack(row_x, dim=1), torch.stack(row_y, dim=1)], dim=1)
 
     def _recolor(self, views: Tensor, generator: Generator) -> Tensor:
         count = len(views)

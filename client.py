@@ -1,10 +1,10 @@
 """What a client does: local SimCLR training, its held-out loss, the ClientApp around them."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -204,21 +204,27 @@ def make_client_app(identify: Callable[[Context], Identity]) -> ClientApp:
         identify: tells from a message's context who the client is.
     """
     app = ClientApp()
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        return train_reply(identify(context), message)
-
-    @app.evaluate()
-    def evaluate(message: Message, context: Context) -> Message:
-        return evaluate_reply(identify(context), message)
-
-    @app.query()
-    def query(message: Message, context: Context) -> Message:
-        metrics = MetricRecord({"partition-id": identify(context).partition})
-        return Message(RecordDict({METRICS: metrics}), reply_to=message)
-
+    for register, answer in (
+        (app.train(), train_reply),
+        (app.evaluate(), evaluate_reply),
+        (app.query(), query_reply),
+    ):
+        register(functools.partial(_answer, identify, answer))
     return app
+
+
+def _answer(
+    identify: Callable[[Context], Identity],
+    answer: Callable[[Identity, Message], Message],
+    message: Message,
+    context: Context,
+) -> Message:
+    """Answer a message; say of an error whose it is, which Flower's error replies don't."""
+    identity = identify(context)
+    try:
+        return answer(identity, message)
+    except Exception as error:
+        raise RuntimeError(f"partition {identity.partition}: {error}") from error
 
 
 def simulated(config: DictConfig) -> Callable[[Context], Identity]:
@@ -245,7 +251,7 @@ class Site:
     augmentation: Augmentation
 
 
-@lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)
 def open_site(config_text: str, num_partitions: int) -> Site:
     """Open the images and build the model once per process, for all its clients."""
     config = OmegaConf.create(config_text)
@@ -275,6 +281,12 @@ def _prepare(identity: Identity, message: Message) -> tuple[Site, np.ndarray, np
     load_state(site.model, message.content[ARRAYS].to_torch_state_dict())
     rows = site.partitions[identity.partition]
     return site, *split_held_out(rows, site.config.held_out)
+
+
+def query_reply(identity: Identity, message: Message) -> Message:
+    """Answer which partition this client holds."""
+    metrics = MetricRecord({"partition-id": identity.partition})
+    return Message(RecordDict({METRICS: metrics}), reply_to=message)
 
 
 def train_reply(identity: Identity, message: Message) -> Message:

@@ -65,6 +65,7 @@ RANGES: dict[str, tuple] = {
     "augment.grayscale": PROBABILITY,
     "augment.blur": PROBABILITY,
     "augment.rotation": (0, 180),
+    "augment.shear": (0, 2),
     "augment.brightness": (0, inf),
     "augment.contrast": (0, inf),
     "augment.saturation": (0, inf),

@@ -147,8 +147,7 @@ def train_and_evaluate(config: DictConfig) -> None:
     """Do the whole job in the run directory that Hydra made."""
     resources, image_set = prepare(config)
     config.num_cpus, config.num_gpus = resources.num_cpus, resources.num_gpus
-    config.run_dir = HydraConfig.get().runtime.output_dir
-    run = RunDirectory.create(Path(config.run_dir), config)
+    run = RunDirectory.create(Path(HydraConfig.get().runtime.output_dir), config)
     print_opening(config, resources, image_set)
     print(f"  directory  {show_path(run.path)}\n")
     try:

@@ -1,6 +1,7 @@
 """The server: rounds of a Flower strategy, guards, checkpoints, the kNN per round."""
 
 import random
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -249,7 +250,7 @@ def sort_replies(
     updates, failures = [], []
     for reply in replies:
         if reply.has_error():
-            failures.append({"partition": None, "reason": short_reason(reply.error.reason)})
+            failures.append(explain_error(reply.error.reason))
             continue
         metrics = reply.content[METRICS]
         update = Update(int(metrics["partition-id"]), int(metrics["num-examples"]), metrics, reply)
@@ -275,10 +276,15 @@ def find_defect(arrays: ArrayRecord, expected: ArrayRecord) -> str | None:
     return None
 
 
-def short_reason(reason: str | None) -> str:
-    """Take the message out of Flower's "<class '...'>:<'message'>"."""
+def explain_error(reason: str | None) -> dict[str, Any]:
+    """Read an error reply: Flower's "<class '...'>:<'message'>" around the client's own line."""
     text = (reason or "no reason given").strip()
-    return text.partition(":<'")[2].removesuffix("'>").splitlines()[0] if ":<'" in text else text
+    if ":<'" in text:
+        text = text.partition(":<'")[2].removesuffix("'>")
+    line = text.splitlines()[0]
+    named = re.match(r"partition (\d+): (.*)", line)
+    partition = int(named[1]) if named else None
+    return {"partition": partition, "reason": named[2] if named else line}
 
 
 def restore_dtypes(

@@ -1,9 +1,10 @@
 """Where images come from: scikit-learn's digits, the Hugging Face hub, folders.
 
-A source names its splits and yields their images undecoded; `utils.py` decodes
-them once into the cache.
+A source names its splits and yields their images undecoded; `utils.py` has them
+decoded once into the cache.
 """
 
+import io
 import os
 import urllib.error
 import urllib.request
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from errors import UserError
 
@@ -261,3 +263,41 @@ def _table_split(table, split: str, columns: tuple[str, str | None], where: str)
             yield Encoded(f"{split} row {row}", data)
 
     return Split(len(table), read, labels)
+
+
+def decode(data: bytes | Path | np.ndarray, image_size: int) -> np.ndarray | None:
+    """Decode an image of any size and mode to uint8 (3, image_size, image_size).
+
+    The shorter side is resized, the longer one cropped to the middle.
+    Transparent pixels become white, 16-bit images keep their upper 8 bits, and
+    the camera's rotation is applied.
+
+    Returns:
+        None where the image can't be read.
+    """
+    try:
+        opened = Image.fromarray(data) if isinstance(data, np.ndarray) else None
+        if opened is None:
+            opened = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
+        with opened as image:
+            rgb = ImageOps.exif_transpose(to_rgb(image))
+            if rgb.size != (image_size, image_size):
+                rgb = ImageOps.fit(rgb, (image_size, image_size), Image.Resampling.BILINEAR)
+            return np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None  # PIL raises any of these on broken files
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to RGB, on white where it is transparent."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        values = np.asarray(image, dtype=np.float64)
+        low, high = values.min(), values.max()
+        image = Image.fromarray(((values - low) * 255 / max(high - low, 1e-9)).astype(np.uint8))
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")

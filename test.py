@@ -138,7 +138,11 @@ def finetune(
     model.train()
     groups = [
         {"params": list(head.parameters()), "lr": settings["learning_rate"]},
-        {"params": list(model.encoder.parameters()), "lr": settings["encoder_learning_rate"]},
+        {
+            "params": list(model.encoder.parameters()),
+            "lr": settings["encoder_learning_rate"],
+            "weight_decay": 0.0,
+        },
     ]
     _fit(groups, logits_of, torch.from_numpy(labels), settings, generator)
     model.eval()
@@ -263,9 +267,7 @@ def check_evaluable(settings: Mapping[str, Any], image_set: ImageSet, seed: int)
     draw_labelled(image_set.train.labels, settings["label_fraction"], seed)
 
 
-def load_trained(
-    config: DictConfig, checkpoint: Path, device: torch.device
-) -> tuple[SimCLR, int]:
+def load_trained(config: DictConfig, checkpoint: Path, device: torch.device) -> tuple[SimCLR, int]:
     """Load a checkpoint of a run; return the model and its round.
 
     Raises:

@@ -21,6 +21,7 @@ def make(**changes):
         "crop_ratio": (1.0, 1.0),
         "flip": 0.0,
         "rotation": 0.0,
+        "shear": 0.0,
         "jitter": 0.0,
         "brightness": 0.0,
         "contrast": 0.0,
@@ -118,6 +119,20 @@ def test_a_rotation_equals_torchvisions(images):
         expected = tv.rotate(image, float(angle), interpolation=tv.InterpolationMode.BILINEAR)
         # Away from the corners, which torchvision fills with black.
         torch.testing.assert_close(view[:, 4:12, 4:12], expected[:, 4:12, 4:12], atol=1e-4, rtol=0)
+
+
+def test_a_shear_slants_the_rows_and_keeps_the_middle(images):
+    geometry = make(shear=0.4)._draw_geometry(images.shape, seeded(2))
+    slant = geometry[:, 0, 1]
+    assert 0.1 < slant.abs().max() <= 0.4
+    straight = torch.eye(2, 3).repeat(6, 1, 1)
+    straight[:, 0, 1] = slant
+    torch.testing.assert_close(geometry, straight)
+    ramp = torch.arange(16.0).expand(6, 3, 16, 16) / 16  # brighter to the right
+    height = (torch.arange(16.0) - 7.5) / 16  # of each row above or below the middle
+    expected = ramp + slant.view(6, 1, 1, 1) * height.view(1, 1, 16, 1)
+    view = resample(ramp, geometry, 16)
+    torch.testing.assert_close(view[..., 4:12], expected[..., 4:12], atol=1e-5, rtol=0)
 
 
 def test_crops_keep_to_scale_and_ratio():

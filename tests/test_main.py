@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import main as program
 import test as evaluation
 from config import run_entry
-from conftest import ROOT
 
 SMALL = ["--num_clients=2", "--num_rounds", "2", "train.local_epochs=1"]
 

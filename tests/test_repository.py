@@ -6,9 +6,9 @@ import shlex
 import subprocess
 
 import pytest
+from conftest import ROOT
 
 from config import flags_to_overrides, load_config
-from conftest import ROOT
 
 # Who may import whom: a module imports only from lower levels, never its own.
 LEVELS = [
@@ -55,7 +55,7 @@ def test_the_tree_in_the_readme_is_the_repository():
     shown |= {line.split()[1].rstrip("/") for line in tree.splitlines() if line.startswith("└")}
     there = {path.split("/")[0] for path in tracked()}
     hidden = {".gitignore"}
-    assert {name for name in shown} == there - hidden
+    assert set(shown) == there - hidden
 
 
 def commands():

@@ -160,14 +160,16 @@ def test_an_update_that_is_not_finite_is_left_out_and_named(federate, value):
 
 def test_a_failed_client_is_left_out_and_named(federate):
     def fail(partition, reply):
-        return Message(Error(0, "<class 'X'>:<'out of memory'>"), reply_to=reply)
+        return Message(Error(0, "<class 'X'>:<'partition 0: out of memory'>"), reply_to=reply)
 
     def fail_first(partition, reply):
         return fail(partition, reply) if partition == 0 else reply
 
     _, rows, _ = federate(tamper=fail_first)
-    assert [failure["reason"] for failure in rows[0]["failures"]] == ["out of memory"]
-    with pytest.raises(RuntimeError, match=r"round 1: no client could train .*out of memory"):
+    assert rows[0]["failures"] == [{"partition": 0, "reason": "out of memory"}]
+    with pytest.raises(
+        RuntimeError, match=r"round 1: no client could train \(client 0: out of memory"
+    ):
         federate(tamper=fail)
 
 
@@ -197,3 +199,14 @@ def test_strategies_wait_for_all_clients_and_start_with_one(strategy):
     built = make_strategy(load_config("config", [f"strategy={strategy}"]).strategy, 7)
     assert built.min_available_nodes == 7
     assert built.min_train_nodes == 1
+
+
+def test_a_client_that_raises_is_named_with_its_reason(federate, monkeypatch):
+    import client
+
+    def diverge(*arguments, **settings):
+        raise FloatingPointError("the training loss became nan")
+
+    monkeypatch.setattr(client, "local_train", diverge)
+    with pytest.raises(RuntimeError, match="partition 0: the training loss became nan"):
+        federate()

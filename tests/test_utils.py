@@ -10,9 +10,9 @@ import sources
 import utils
 from config import load_config
 from errors import UserError
+from sources import decode
 from utils import (
     class_groups,
-    decode,
     derive_seed,
     open_image_set,
     partition_rows,
