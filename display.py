@@ -55,7 +55,7 @@ def print_results(result: Mapping[str, Any]) -> None:
     count, labelled, tested = protocol["seeds"], result["labelled_images"], result["test_images"]
     title = "Linear evaluation" if result["mode"] == "linear" else "Fine-tuning"
     print(
-        f"\n{title}: {protocol['label_fraction']:.3g} of the labels ({labelled:,} images), "
+        f"\n{title}: {100 * protocol['label_fraction']:g} % of the labels ({labelled:,}), "
         f"{protocol['epochs']} epochs, top-1 on all {tested:,} test images, "
         f"{count} {'seeds' if count > 1 else 'seed'}"
     )

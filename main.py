@@ -103,13 +103,13 @@ def print_opening(config: DictConfig, resources: ClientResources, image_set: Ima
     model = build_model(config.model, config.dataset, config.seed, torch.device("cpu"))
     weights = sum(parameter.numel() for parameter in model.parameters())
     strategy = config.strategy._target_.rpartition(".")[2]
-    partitioner = config.partition._target_.rpartition(".")[2].removesuffix("Partitioner")
+    partitioner = config.partition._target_.rpartition(".")[2]
     print(
         f"Federated SimCLR: {config.num_clients} clients, {config.num_rounds} rounds of {strategy}"
     )
     print(
         f"  data       {config.dataset.name}, {len(image_set.train.pixels):,} images of "
-        f"{config.dataset.image_size} x {config.dataset.image_size} pixels, {partitioner} split"
+        f"{config.dataset.image_size} x {config.dataset.image_size} pixels, dealt out by {partitioner}"
     )
     if image_set.unreadable:
         names = name_some(image_set.unreadable)

@@ -139,7 +139,7 @@ def test_other_data_goes_the_whole_way(kind, tmp_path, cache_dir, digits, reques
     else:
         path = request.getfixturevalue("cifar10")
         data = ["dataset=cifar10", f"dataset.path={path}", "monitor.bank=200"]
-        data += ["monitor.queries=100", "eval.seeds=1", "eval.label_fraction=0.02"]
+        data += ["monitor.queries=100", "eval.seeds=1", "eval.label_fraction=0.02", "held_out=0.01"]
     output = tmp_path / "outputs"
     places = [f"output_dir={output}", f"cache_dir={cache_dir}"]
     done = start("main.py", *data, "num_rounds=1", "train.max_steps=1", *places)
@@ -224,7 +224,7 @@ def enter(monkeypatch, capsys, name, check, arguments):
         (["--num_client=3"], "did you mean num_clients?"),
         (["--num_clients=0"], "at least 1"),
         (["--num_clients", "-2"], "at least 1"),
-        (["--num_clients=700"], "a client has 2 images"),
+        (["--num_clients=700"], "too few to train on 2"),
         (["--num_clients=5000"], "can't deal 1437 images out to 5000 clients"),
         (["eval.label_fraction=0"], "above 0"),
         (["eval.label_fraction=1.5"], "at most 1"),
@@ -244,7 +244,7 @@ def enter(monkeypatch, capsys, name, check, arguments):
 def test_bad_input_gets_one_line_and_status_2(monkeypatch, capsys, cache_dir, arguments, message):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     places = [] if any("_dir" in a for a in arguments) else [f"cache_dir={cache_dir}"]
-    status, error = enter(monkeypatch, capsys, "config", program.prepare, arguments + places)
+    status, error = enter(monkeypatch, capsys, "config", program.prepare, places + arguments)
     assert status == 2
     assert error.startswith("error: ")
     assert message in error
