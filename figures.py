@@ -19,7 +19,7 @@ from config import load_config
 from utils import generator_for, open_image_set
 
 HERE = Path(__file__).resolve().parent
-RECORDED_RUN = HERE / "results" / "digits"
+RECORDED_RUN = HERE / "results" / "digits" / "seed0"
 BLUE, ORANGE, INK = "#2a6fb0", "#c8571b", "#333333"
 NT_XENT = (
     r"$\ell_{i,j} = -\log\;\frac{\exp(\mathrm{sim}(z_i, z_j)/\tau)}"

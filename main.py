@@ -107,9 +107,10 @@ def print_opening(config: DictConfig, resources: ClientResources, image_set: Ima
     print(
         f"Federated SimCLR: {config.num_clients} clients, {config.num_rounds} rounds of {strategy}"
     )
+    side, count = config.dataset.image_size, len(image_set.train.pixels)
     print(
-        f"  data       {config.dataset.name}, {len(image_set.train.pixels):,} images of "
-        f"{config.dataset.image_size} x {config.dataset.image_size} pixels, dealt out by {partitioner}"
+        f"  data       {config.dataset.name}, {count:,} images of {side} x {side} pixels, "
+        f"dealt out by {partitioner}"
     )
     if image_set.unreadable:
         names = name_some(image_set.unreadable)
@@ -121,17 +122,20 @@ def print_opening(config: DictConfig, resources: ClientResources, image_set: Ima
     )
 
 
-def print_ending(config: DictConfig, run: RunDirectory) -> None:
+def print_ending(config: DictConfig, run: RunDirectory, labelled: bool) -> None:
     """Say where everything lies and what to try next."""
-    place = show_path(run.path)
-    print(f"\nEverything is in {place}")
-    print("  loss_graph.png, metrics.jsonl, results.json, encoder.safetensors, checkpoints/")
+    print(f"\nEverything is in {show_path(run.path)}")
+    names = [f.name + "/" * f.is_dir() for f in run.path.iterdir()]
+    print("  " + ", ".join(sorted(n for n in names if not n.startswith("events."))))
+    board = f"tensorboard --logdir {show_path(Path(config.output_dir))}"
     commands = {
-        "python test.py label_fraction=0.01": "the same encoder, fewer labels",
+        "python test.py label_fraction=0.02": "the same encoder, fewer labels",
         "python test.py mode=finetune": "tune the encoder too",
         "python main.py dataset=cifar10": "the benchmark",
-        f"tensorboard --logdir {show_path(Path(config.output_dir))}": "the curves of all runs",
+        board: "the curves of all runs",
     }
+    if not labelled:
+        commands = {board: commands[board]}
     print("Next")
     for command, purpose in commands.items():
         print(f"  {command:38} {purpose}")
@@ -155,11 +159,12 @@ def train_and_evaluate(config: DictConfig) -> None:
     except RuntimeError as error:
         raise RuntimeError(f"{error}; what was done is in {show_path(run.path)}") from error
     draw_loss_graph(run.read_metrics(), run.path / "loss_graph.png", config.dataset.name)
-    if has_labels(image_set):
+    labelled = has_labels(image_set)
+    if labelled:
         print_results(evaluate_run(run, config, config.eval, image_set, run.last_checkpoint()))
     else:
         print("\nNo labels, so no linear evaluation: embed labelled images to judge the encoder.")
-    print_ending(config, run)
+    print_ending(config, run, labelled)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Linear evaluation: how good is the representation that a run has learned?
 
 python test.py                          # the newest run
-python test.py run=outputs/DATE/TIME label_fraction=0.01 seeds=5
+python test.py run=outputs/DATE/TIME label_fraction=0.02 seeds=5
 python test.py checkpoint=FILE
 python test.py mode=finetune            # the encoder is tuned too
 """

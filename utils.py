@@ -92,7 +92,7 @@ def _cache_key(spec: Mapping[str, Any], path: Path | None, seed: int) -> str:
     """Hash what decides the decoded images: settings, and each file's size and age."""
     settings = {name: spec[name] for name in sorted(spec) if name not in ("path", "mean", "std")}
     parts = [str(CACHE_FORMAT), json.dumps(settings, default=str), str(path)]
-    if spec.get("test_fraction"):
+    if spec["test_fraction"] and not spec.get("test_split"):
         parts.append(f"seed {seed}")
     if path is not None:
         for folder, folders, names in os.walk(path, followlinks=True):
@@ -156,7 +156,7 @@ def _build_cache(
 
 
 def _read_source(spec: Mapping[str, Any], path: Path | None, seed: int, scratch: Path) -> Source:
-    kind, fraction = spec["source"], spec.get("test_fraction")
+    kind, fraction = spec["source"], spec["test_fraction"]
     if kind == "digits":
         return sources.digits(fraction, seed)
     if kind == "imagefolder":

@@ -1,7 +1,9 @@
 """The repository against its README and its own rules."""
 
 import ast
+import json
 import re
+import statistics
 import shlex
 import subprocess
 
@@ -95,3 +97,48 @@ def test_requirements_are_exact():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     for line in filter(None, (line.partition("#")[0].strip() for line in lines)):
         assert re.fullmatch(r"[\w.-]+(\[\w+\])?==[\w.]+", line), line
+
+
+def digits_table():
+    """Write the rows of the README's table from the recorded runs."""
+    kinds = [
+        ("federated SimCLR", "linear head"),
+        ("federated SimCLR", "kNN"),
+        ("random encoder", "linear head"),
+        ("raw pixels", "logistic regression"),
+    ]
+    rows, means = [], {kind: [] for kind in kinds}
+    for file in sorted((ROOT / "results" / "digits").glob("seed*/results.json")):
+        result = json.loads(file.read_text())[0]
+        found = {(row["encoder"], row["method"]): row for row in result["rows"]}
+        cells = []
+        for kind in kinds:
+            means[kind].append(found[kind]["mean"])
+            cells.append(f"{100 * found[kind]['mean']:.1f} ± {100 * found[kind]['std']:.1f}")
+        rows.append(f"| {result['seed']} | {' | '.join(cells)} |")
+    summary = [
+        f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
+        for values in means.values()
+    ]
+    return [*rows, f"| **mean of seeds** | {' | '.join(summary)} |"], summary
+
+
+def test_the_readmes_numbers_are_those_of_the_recorded_runs():
+    rows, summary = digits_table()
+    assert len(rows) == 4
+    for line in rows:
+        assert line in README, f"the README lacks: {line}"
+    ours, _, random_encoder, pixels = summary
+    headline = README.partition("## Start")[0]
+    for number in (f"{ours} %", f"{random_encoder.split()[0]} %", f"{pixels.split()[0]} %"):
+        assert number in headline, f"the headline lacks: {number}"
+
+
+def test_recorded_runs_tell_how_they_were_made():
+    for file in (ROOT / "results").glob("**/results.json"):
+        measured = json.loads(file.read_text())[0]["measured"]
+        assert re.fullmatch(r"[0-9a-f]{40}", measured["commit"]), file
+        assert measured["hardware"]["cores"] >= 1
+        assert (file.parent / "config.yaml").is_file()
+        rounds = [json.loads(line) for line in (file.parent / "metrics.jsonl").open()]
+        assert [row["round"] for row in rounds] == list(range(1, 8))

@@ -74,6 +74,53 @@ def test_without_a_network_the_hub_says_so_within_seconds(cache_dir, monkeypatch
 
 
 @pytest.fixture
+def parquet(tmp_path, rng):
+    """A copy of a hub data set: 30 training images in a parquet file, no test split."""
+    import datasets
+
+    pixels = rng.integers(0, 256, (30, 20, 20, 3), dtype=np.uint8)
+    columns = {"picture": [Image.fromarray(p) for p in pixels], "kind": [0, 1, 2] * 10}
+    features = datasets.Features(
+        {"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["a", "b", "c"])}
+    )
+    (tmp_path / "copy").mkdir()
+    table = datasets.Dataset.from_dict(columns, features=features)
+    table.to_parquet(str(tmp_path / "copy" / "train-00000-of-00001.parquet"))
+    return tmp_path / "copy"
+
+
+def test_any_hub_data_set_can_be_read_from_a_copy(parquet, cache_dir):
+    common = ["dataset=hub", f"dataset.path={parquet}", "dataset.image_column=picture"]
+    common += ["dataset.test_split=null", "dataset.image_size=10"]
+    labelled = [*common, "dataset.label_column=kind", "dataset.test_fraction=0.2"]
+    found = open_set(cache_dir, *labelled)
+    assert found.class_names == ["a", "b", "c"]
+    assert np.bincount(found.test.labels).tolist() == [2, 2, 2]
+    assert found.train.pixels.shape == (24, 3, 10, 10)
+    bare = open_set(cache_dir, *common, "dataset.label_column=null")
+    assert bare.train.labels is None
+    assert len(bare.train.pixels) == 30
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dataset.image_column=image", "no column 'image', it has 'picture', 'kind'"),
+        ("dataset.label_column=label", "no column 'label'"),
+        ("dataset.train_split=training", "no split 'training', it has 'train'"),
+        ("dataset.test_split=test", "no split 'test', it has 'train'"),
+    ],
+)
+def test_a_wrong_column_or_split_names_those_there_are(parquet, cache_dir, override, message):
+    right = ["dataset.image_column=picture", "dataset.label_column=kind"]
+    right += ["dataset.test_split=null", "dataset.test_fraction=0.2"]
+    given = ["dataset=hub", f"dataset.path={parquet}", *right, override]
+    with pytest.raises(UserError) as error:
+        open_set(cache_dir, *given)
+    assert message in str(error.value)
+
+
+@pytest.fixture
 def folder(tmp_path, rng):
     """Class folders with images of many modes and sizes, 6 of each class."""
     root = tmp_path / "images"
