@@ -192,6 +192,7 @@ def hub_dataset(
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{where}: can't be loaded ({reason})") from error
     train = _named_split(loaded, splits[0], where)
+    _check_columns(train, columns, where)
     if splits[1] is not None:
         parts = {"train": train, "test": _named_split(loaded, splits[1], where)}
     elif columns[1] is not None:
@@ -200,7 +201,7 @@ def hub_dataset(
         parts = {"train": train.select(rows[0]), "test": train.select(rows[1])}
     else:
         parts = {"train": train}
-    read = {key: _table_split(part, key, columns, where) for key, part in parts.items()}
+    read = {key: _table_split(part, key, columns) for key, part in parts.items()}
     feature = train.features[columns[1]] if columns[1] else None
     return Source(read, list(getattr(feature, "names", None) or []))
 
@@ -242,9 +243,7 @@ def _named_split(loaded: dict, name: str, where: str):
     return loaded[name]
 
 
-def _table_split(table, split: str, columns: tuple[str, str | None], where: str) -> Split:
-    import datasets
-
+def _check_columns(table, columns: tuple[str, str | None], where: str) -> None:
     for column in columns:
         if column is not None and column not in table.column_names:
             known = ", ".join(map(repr, table.column_names))
@@ -252,6 +251,11 @@ def _table_split(table, split: str, columns: tuple[str, str | None], where: str)
                 f"{where}: no column {column!r}, it has {known}; set dataset.image_column "
                 "and dataset.label_column"
             )
+
+
+def _table_split(table, split: str, columns: tuple[str, str | None]) -> Split:
+    import datasets
+
     images, label_column = columns
     labels = np.asarray(table[label_column], dtype=np.int64) if label_column else None
     undecoded = table.select_columns([images]).cast_column(images, datasets.Image(decode=False))
