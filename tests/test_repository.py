@@ -3,8 +3,8 @@
 import ast
 import json
 import re
-import statistics
 import shlex
+import statistics
 import subprocess
 
 import pytest
