@@ -1,6 +1,7 @@
 """What a person sees in the terminal: the opening lines, the rounds, the results."""
 
 import sys
+import threading
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -22,9 +23,13 @@ class RoundProgress:
             file=sys.stdout,
             leave=False,
         )
+        self.ended = threading.Event()
+        self.clock = threading.Thread(target=self._tick, daemon=True)
 
     def __enter__(self) -> "RoundProgress":
         tqdm.write(f"  {'round':>7}  {'train loss':>10}  {'eval loss':>9}  {'kNN':>7}  {'time':>8}")
+        if not self.bar.disable:
+            self.clock.start()
         return self
 
     def __exit__(
@@ -33,7 +38,13 @@ class RoundProgress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.ended.set()
         self.bar.close()
+
+    def _tick(self) -> None:
+        """Move the bar's clock every second, so that a long round is seen to go on."""
+        while not self.ended.wait(timeout=1):
+            self.bar.refresh()
 
     def show(self, row: Mapping[str, Any]) -> None:
         """Print a round's metrics line and move the bar."""
