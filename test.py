@@ -120,7 +120,8 @@ def finetune(
     """Train the encoder in place together with a linear head on labelled images.
 
     The images (uint8, (N, 3, H, W)) are cropped, turned and flipped as in
-    training, their colours stay. Returns the head.
+    training, their colours stay. BatchNorm keeps its statistics: those of small
+    labelled batches are worse. Returns the head.
     """
     device = model.mean.device
     head = nn.Linear(model.feature_size, num_classes, device=device)
@@ -135,7 +136,7 @@ def finetune(
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             return head(model.features(views)).float()
 
-    model.train()
+    model.eval()
     groups = [
         {"params": list(head.parameters()), "lr": settings["learning_rate"]},
         {
@@ -145,7 +146,6 @@ def finetune(
         },
     ]
     _fit(groups, logits_of, torch.from_numpy(labels), settings, generator)
-    model.eval()
     return head
 
 
