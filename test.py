@@ -8,6 +8,7 @@ python test.py mode=finetune            # the encoder is tuned too
 
 import copy
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
@@ -234,7 +236,10 @@ class Evaluation:
         test = self.test.pixels.reshape(len(self.test.pixels), -1) / np.float32(255)
         for labelled in self.labelled:
             pixels = self.train.pixels[labelled].reshape(len(labelled), -1) / np.float32(255)
-            classifier = LogisticRegression(max_iter=1000).fit(pixels, self.train.labels[labelled])
+            classifier = LogisticRegression(max_iter=1000)
+            with warnings.catch_warnings():  # on large images it stops early, which is fine here
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                classifier.fit(pixels, self.train.labels[labelled])
             scores.append(float(classifier.score(test, self.test.labels)))
         return row("raw pixels", "logistic regression", scores)
 
