@@ -209,7 +209,7 @@ def test_labels_stay_with_their_images_when_files_are_unreadable(tmp_path, cache
 
 
 @pytest.mark.parametrize("content", ["nothing", "no folder", "no image", "a file", "only broken"])
-def test_a_folder_without_images_gets_one_line(tmp_path, cache_dir, content):
+def test_a_folder_without_images_gets_one_line(tmp_path, content):
     path = tmp_path / "data"
     if content == "a file":
         path.touch()
@@ -221,9 +221,9 @@ def test_a_folder_without_images_gets_one_line(tmp_path, cache_dir, content):
         (path / "a.png").touch()
         (path / "b.png").touch()
     with pytest.raises(UserError, match=str(path)) as error:
-        open_set(cache_dir, "dataset=imagefolder", f"dataset.path={path}")
+        open_set(tmp_path / "cache", "dataset=imagefolder", f"dataset.path={path}")
     assert "\n" not in str(error.value)
-    assert not list((tmp_path / "cache").glob("*"))
+    assert not list(tmp_path.glob("cache/*"))
 
 
 def test_a_cache_that_cannot_be_written_gets_one_line(tmp_path):
