@@ -1,35 +1,50 @@
-"""The ServerApp and the ClientApps as `flwr run` and SuperNodes load them.
+"""The ServerApp and the ClientApps for `flwr run`, SuperNodes and the commands of launch.py.
 
 `server` and `client` take Hydra overrides from the run configuration:
 
     flwr run . --run-config 'hydra-overrides="num_rounds=3 dataset=cifar10"'
 
-`client1` and `client2` are the two halves of the data, whatever the node's
-configuration says.
+A SuperNode says in its node configuration which part of the data it holds:
+`partition-id=0 num-partitions=2`, or `partition-id=0 data-path="DIR"` for a
+folder of its own. `client1` and `client2` hold the two halves.
 """
 
 import environment  # noqa: F401  isort: skip
 
+import logging
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
-from logging import INFO
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Context
-from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 from omegaconf import DictConfig, OmegaConf
 
 from client import Identity, make_client_app
 from config import load_config
+from errors import UserError
 from figures import draw_loss_graph
+from nodes import Nodes
 from rundir import RunDirectory
 from server import Federation
-from utils import open_image_set
+from utils import ImageSet, open_image_set
 
 DEFAULTS = ["num_clients=2"]
+HALVES = {"client1": 0, "client2": 1}
+log = logging.getLogger("flwr")
+
+
+def one_line(record: logging.LogRecord) -> bool:
+    """Spare users the traceback of an error that explains itself."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, UserError | RuntimeError):
+        record.msg, record.args, record.exc_info = f"{record.getMessage()}: {error}", (), None
+    return True
+
+
+log.addFilter(one_line)
 
 
 @lru_cache(maxsize=1)
@@ -44,39 +59,63 @@ def config_text(context: Context) -> str:
     return compose_text(str(context.run_config.get("hydra-overrides", "")))
 
 
-def identify(context: Context) -> Identity:
-    """Identify a client by its node's configuration."""
+def identify(context: Context, app: str | None = None) -> Identity:
+    """Identify a client by its node's configuration.
+
+    Args:
+        app: the name of this ClientApp; by default what `flower-client-app`
+            put into the node's configuration.
+
+    Raises:
+        UserError: the node's configuration lacks something.
+    """
     node = context.node_config
-    return Identity(config_text(context), int(node["partition-id"]), int(node["num-partitions"]))
+    app = app or str(node.get("client-app", "client"))
+    data_path = str(node["data-path"]) if "data-path" in node else None
+    number = node.get("partition-id", HALVES.get(app))
+    count = node.get("num-partitions", len(HALVES) if app in HALVES else None)
+    if number is None or (count is None and data_path is None):
+        wanted = "partition-id=0 num-partitions=2"
+        raise UserError(
+            f"the node configuration has to say what this node holds, as in {wanted!r} or "
+            "'partition-id=0 data-path=\"DIR\"', with a partition-id of its own for each node"
+        )
+    number, count = int(number), int(count or 0)
+    if data_path is None and not 0 <= number < count:
+        raise UserError(f"partition-id={number}: must be from 0 to {count - 1}, num-partitions - 1")
+    return Identity(config_text(context), number, count, data_path)
 
 
-def half(partition: int) -> Callable[[Context], Identity]:
-    """Identify a client as one of two, without a node configuration."""
-    return lambda context: Identity(config_text(context), partition, 2)
+def open_servers_images(config: DictConfig) -> ImageSet | None:
+    """Open the images for the kNN accuracy; with folders at the nodes only, there are none."""
+    if config.dataset.source == "imagefolder" and config.dataset.path is None:
+        return None
+    return open_image_set(config.dataset, config.cache_dir, config.seed)
 
 
 def log_round(row: Mapping[str, Any]) -> None:
-    """Write a round's losses to the run's log."""
+    """Write a round's losses and failures to the run's log."""
     knn = f", kNN {row['knn']:.1%}" if row["knn"] is not None else ""
-    log(
-        INFO,
-        "round %d: train loss %.3f, eval loss %.3f%s, %.1f s",
-        *(row["round"], row["train_loss"], row["eval_loss"], knn, row["seconds"]),
-    )
+    losses = f"train loss {row['train_loss']:.3f}, eval loss {row['eval_loss']:.3f}"
+    log.info("round %d: %s%s, %.1f s", row["round"], losses, knn, row["seconds"])
+    for failure in row["failures"]:
+        log.warning("  without client %d: %s", failure["partition"], failure["reason"])
 
 
 server = ServerApp()
 client = make_client_app(identify)
-client1 = make_client_app(half(0))
-client2 = make_client_app(half(1))
+client1 = make_client_app(lambda context: identify(context, "client1"))
+client2 = make_client_app(lambda context: identify(context, "client2"))
 
 
 @server.main()
 def main(grid: Grid, context: Context) -> None:
     """Train all rounds and leave the same run directory as main.py."""
     config: DictConfig = OmegaConf.create(config_text(context))
-    image_set = open_image_set(config.dataset, config.cache_dir, config.seed)
+    image_set = open_servers_images(config)
     run = RunDirectory.create(Path(config.run_dir), config)
-    Federation(grid, config, run, image_set, log_round).train()
+    log.info("the run's directory is %s", run.path)
+    nodes = Nodes.of(grid, config, log.info)
+    Federation(nodes, config, run, image_set, log_round).train()
     draw_loss_graph(run.read_metrics(), run.path / "loss_graph.png", config.dataset.name)
-    log(INFO, "everything is in %s", run.path)
+    log.info("everything is in %s; python test.py evaluates it", run.path)

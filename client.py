@@ -15,15 +15,19 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Generator, Tensor
 
 from augment import Augmentation, make_augmentation
-from model import SimCLR, build_model, load_state, model_arrays, nt_xent
+from errors import UserError
+from model import SimCLR, build_model, load_state, nt_xent
 from utils import (
+    Images,
     choose_device,
     choose_dtype,
+    derive_seed,
     generator_for,
     open_image_set,
     partition_rows,
     split_held_out,
 )
+from wire import pack_state, unpack_state
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 
@@ -190,11 +194,18 @@ def local_loss(
 
 @dataclass(frozen=True)
 class Identity:
-    """Which configuration (as YAML) a client follows, and which partition of how many it holds."""
+    """Who a client is.
+
+    Attributes:
+        config_text: the run's configuration as YAML.
+        partition: which of `num_partitions` parts of the data set it holds.
+        data_path: its own folder of images instead; labels are not looked for.
+    """
 
     config_text: str
     partition: int
     num_partitions: int
+    data_path: str | None = None
 
 
 def make_client_app(identify: Callable[[Context], Identity]) -> ClientApp:
@@ -252,22 +263,41 @@ class Site:
 
 
 @functools.lru_cache(maxsize=1)
-def open_site(config_text: str, num_partitions: int) -> Site:
+def open_site(config_text: str, num_partitions: int, data_path: str | None) -> Site:
     """Open the images and build the model once per process, for all its clients."""
     config = OmegaConf.create(config_text)
     if config.num_cpus:
         torch.set_num_threads(config.num_cpus)
     device = choose_device(config.num_gpus)
-    train = open_image_set(config.dataset, config.cache_dir, config.seed).train
+    train, partitions = _open_images(config, num_partitions, data_path)
     return Site(
         config,
         train.pixels,
-        partition_rows(train, num_partitions, config.partition, config.seed),
+        partitions,
         build_model(config.model, config.dataset, config.seed, device),
         device,
         choose_dtype(config.precision, device),
         make_augmentation(config.augment, config.dataset.image_size),
     )
+
+
+def _open_images(
+    config: DictConfig, num_partitions: int, data_path: str | None
+) -> tuple[Images, list[np.ndarray]]:
+    """Open a node's own folder, all of it, or the data set that is dealt out to all."""
+    spec = OmegaConf.to_container(config.dataset)
+    if data_path is None:
+        if spec["source"] == "imagefolder" and spec["path"] is None:
+            raise UserError('this node has no images; put data-path="DIR" into its --node-config')
+        train = open_image_set(spec, config.cache_dir, config.seed).train
+        return train, partition_rows(train, num_partitions, config.partition, config.seed)
+    spec |= {"source": "imagefolder", "path": data_path, "labels": False}
+    try:
+        train = open_image_set(spec, config.cache_dir, config.seed).train
+    except UserError as error:
+        raise UserError(str(error).replace("dataset.path", "data-path")) from error
+    order = np.random.default_rng(derive_seed(config.seed, "partition"))
+    return train, [order.permutation(len(train.pixels))]
 
 
 def make_optimization(spec: Mapping[str, Any]) -> Optimization:
@@ -277,16 +307,23 @@ def make_optimization(spec: Mapping[str, Any]) -> Optimization:
 
 def _prepare(identity: Identity, message: Message) -> tuple[Site, np.ndarray, np.ndarray]:
     """Load the message's weights; return the site and its training and held-out rows."""
-    site = open_site(identity.config_text, identity.num_partitions)
-    load_state(site.model, message.content[ARRAYS].to_torch_state_dict())
-    rows = site.partitions[identity.partition]
+    site, train, held_out = _open(identity)
+    load_state(site.model, unpack_state(message.content[ARRAYS]))
+    return site, train, held_out
+
+
+def _open(identity: Identity) -> tuple[Site, np.ndarray, np.ndarray]:
+    """Open the site of a client; return it with the rows to train on and to hold out."""
+    site = open_site(identity.config_text, identity.num_partitions, identity.data_path)
+    rows = site.partitions[0 if identity.data_path else identity.partition]
     return site, *split_held_out(rows, site.config.held_out)
 
 
 def query_reply(identity: Identity, message: Message) -> Message:
-    """Answer which partition this client holds."""
-    metrics = MetricRecord({"partition-id": identity.partition})
-    return Message(RecordDict({METRICS: metrics}), reply_to=message)
+    """Answer which partition this client holds, once its images are open and enough."""
+    _, train, _ = _open(identity)
+    metrics = {"partition-id": identity.partition, "num-examples": len(train)}
+    return Message(RecordDict({METRICS: MetricRecord(metrics)}), reply_to=message)
 
 
 def train_reply(identity: Identity, message: Message) -> Message:
@@ -313,7 +350,9 @@ def train_reply(identity: Identity, message: Message) -> Message:
         "images": result.images,
         "images-per-second": result.images_per_second,
     }
-    content = RecordDict({ARRAYS: model_arrays(site.model), METRICS: MetricRecord(metrics)})
+    content = RecordDict(
+        {ARRAYS: pack_state(site.model.state_dict()), METRICS: MetricRecord(metrics)}
+    )
     return Message(content, reply_to=message)
 
 

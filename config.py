@@ -41,6 +41,9 @@ PROBABILITY = (0, 1)
 RANGES: dict[str, tuple] = {
     "num_clients": (1, inf),
     "num_rounds": (1, inf),
+    "min_nodes": (1, inf),
+    "node_wait_s": (0, inf),
+    "round_timeout_s": POSITIVE,
     "num_cpus": (1, inf),
     "num_gpus": (0, inf),
     "seed": (0, 2**31 - 1),
@@ -85,6 +88,7 @@ RANGES: dict[str, tuple] = {
 }
 # Types of the values whose default is null.
 NULLABLE: dict[str, tuple[type, ...]] = {
+    "min_nodes": (int,),
     "num_cpus": (int,),
     "num_gpus": (int, float),
     "checkpoint": (str,),

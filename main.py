@@ -20,8 +20,10 @@ from omegaconf import DictConfig
 from client import make_client_app, simulated
 from config import run_entry
 from display import RoundProgress, print_results
+from errors import UserError
 from figures import draw_loss_graph
 from model import build_model
+from nodes import Nodes
 from rundir import RunDirectory, check_writable
 from server import Federation, make_strategy
 from test import check_evaluable, evaluate_run
@@ -52,7 +54,11 @@ def prepare(config: DictConfig) -> tuple[ClientResources, ImageSet]:
         count_cores(),
         torch.cuda.device_count(),
     )
-    make_strategy(config.strategy, config.num_clients)
+    make_strategy(config.strategy)
+    if (config.min_nodes or 0) > config.num_clients:
+        raise UserError(
+            f"min_nodes={config.min_nodes}: there are only num_clients={config.num_clients}"
+        )
     check_writable(Path(config.run_dir))
     image_set = open_image_set(config.dataset, config.cache_dir, config.seed, report=print)
     parts = partition_rows(image_set.train, config.num_clients, config.partition, config.seed)
@@ -88,7 +94,8 @@ def simulate(
 
         @server_app.main()
         def serve(grid: Grid, context: Context) -> None:
-            Federation(grid, config, run, image_set, progress.show).train()
+            nodes = Nodes.of(grid, config)
+            Federation(nodes, config, run, image_set, progress.show).train()
 
         client_app = make_client_app(simulated(config))
         run_simulation(server_app, client_app, config.num_clients, "ray", backend)

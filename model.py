@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from flwr.app import ArrayRecord
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 from torchvision.models import ResNet, resnet18, resnet50
@@ -148,13 +147,8 @@ def nt_xent(projections: Tensor, temperature: float) -> Tensor:
         return F.cross_entropy(similarity, partner)
 
 
-def model_arrays(model: nn.Module) -> ArrayRecord:
-    """Copy the whole state, counters included, into Flower arrays with their dtypes."""
-    return ArrayRecord(model.state_dict())
-
-
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load a complete state, such as `arrays.to_torch_state_dict()` of Flower arrays.
+    """Load a complete state, by name.
 
     Raises:
         ValueError: a missing, unknown or misshapen array, named.

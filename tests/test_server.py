@@ -5,13 +5,16 @@ import random
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, Context, Error, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from client import make_client_app, simulated
 from config import CONF, load_config
+from nodes import Nodes
 from rundir import RunDirectory
-from server import Federation, make_strategy, sort_replies
+from server import Federation, make_strategy
+from updates import read_update
+from wire import pack_state, unpack_state
 
 # Flower sets these before it runs an app; a message can't be made without them.
 TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
@@ -38,14 +41,14 @@ class LocalGrid:
     def get_node_ids(self):
         return random.SystemRandom().sample(list(self.nodes), len(self.nodes))
 
-    def send_and_receive(self, messages):
+    def send_and_receive(self, messages, timeout):
         replies = []
-        for message in messages:
+        for number, message in enumerate(messages):
             context = self.nodes[message.metadata.dst_node_id]
             partition = context.node_config["partition-id"]
             if message.metadata.message_type != "query":
                 self.asked.append((message.metadata.message_type, partition))
-            message.metadata.__dict__["_message_id"] = str(len(self.asked))
+            message.metadata.__dict__["_message_id"] = str(number)
             reply = self.app(message, context)
             replies.append(self.tamper(partition, reply) if reply.content.array_records else reply)
         return random.SystemRandom().sample(replies, len(replies))
@@ -62,7 +65,8 @@ def federate(config, digits, tmp_path):
         directory = RunDirectory.create(tmp_path / f"run{len(list(tmp_path.iterdir()))}", changed)
         rows = []
         grid = LocalGrid(changed, tamper)
-        federation = Federation(grid, changed, directory, digits, rows.append)
+        nodes = Nodes.of(grid, changed)
+        federation = Federation(nodes, changed, directory, digits, rows.append)
         federation.train()
         assert directory.read_metrics() == rows
         return federation, rows, grid
@@ -91,8 +95,8 @@ def test_fedavg_is_the_mean_weighted_by_samples(federate):
     seen = []
 
     def keep(partition, reply):
-        arrays = {k: v.numpy().copy() for k, v in reply.content["arrays"].items()}
-        seen.append((reply.content["metrics"]["num-examples"], arrays))
+        state = unpack_state(reply.content["arrays"])
+        seen.append((reply.content["metrics"]["num-examples"], state))
         return reply
 
     federation, rows, _ = federate(
@@ -101,7 +105,8 @@ def test_fedavg_is_the_mean_weighted_by_samples(federate):
     weights = np.array([count for count, _ in seen], dtype=float)
     assert len(set(weights)) > 1
     for name, tensor in federation.model.state_dict().items():
-        expected = np.average([arrays[name] for _, arrays in seen], axis=0, weights=weights)
+        stack = [state[name].numpy() for _, state in seen]
+        expected = np.average(stack, axis=0, weights=weights)
         np.testing.assert_allclose(tensor.numpy(), expected, rtol=1e-4, atol=1e-6)
     losses = [client["train_loss"] for client in rows[0]["clients"]]
     sizes = [client["num_examples"] for client in rows[0]["clients"]]
@@ -140,9 +145,9 @@ def test_a_round_leaves_its_metrics_and_files(federate, config):
 def poison(value):
     def tamper(partition, reply):
         if partition == 1:
-            arrays = {k: v.numpy().copy() for k, v in reply.content["arrays"].items()}
-            arrays["encoder.conv1.weight"][0, 0, 0, 0] = value
-            reply.content["arrays"] = ArrayRecord({k: Array(v) for k, v in arrays.items()})
+            state = unpack_state(reply.content["arrays"])
+            state["encoder.conv1.weight"][0, 0, 0, 0] = value
+            reply.content["arrays"] = pack_state(state)
         return reply
 
     return tamper
@@ -160,7 +165,9 @@ def test_an_update_that_is_not_finite_is_left_out_and_named(federate, value):
 
 def test_a_failed_client_is_left_out_and_named(federate):
     def fail(partition, reply):
-        return Message(Error(0, "<class 'X'>:<'partition 0: out of memory'>"), reply_to=reply)
+        error = Message(Error(2, "<class 'X'>:<'partition 0: out of memory'>"), reply_to=reply)
+        error.metadata.__dict__["_reply_to_message_id"] = reply.metadata.reply_to_message_id
+        return error
 
     def fail_first(partition, reply):
         return fail(partition, reply) if partition == 0 else reply
@@ -173,32 +180,43 @@ def test_a_failed_client_is_left_out_and_named(federate):
         federate(tamper=fail)
 
 
-@pytest.mark.parametrize("defect", ["missing", "unknown", "shape", "no examples"])
+DEFECTS = {
+    "missing": ("array 'b' is missing", 5),
+    "unknown": ("array 'c' is unknown", 5),
+    "shape": ("array 'a' has shape", 5),
+    "dtype": ("array 'a' has dtype", 5),
+    "garbage": ("can't be read", 5),
+    "no examples": ("num-examples is 0", 0),
+    "negative": ("num-examples is -3", -3),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
 def test_misshapen_updates_are_refused(defect):
-    expected = ArrayRecord({"a": Array(np.zeros(3)), "b": Array(np.zeros(2))})
-    arrays = {"a": np.zeros(3), "b": np.zeros(2)}
+    expected = {"a": torch.zeros(3), "b": torch.zeros(2)}
+    state = dict(expected)
     if defect == "missing":
-        del arrays["b"]
+        del state["b"]
     elif defect == "unknown":
-        arrays["c"] = np.zeros(1)
+        state["c"] = torch.zeros(1)
     elif defect == "shape":
-        arrays["a"] = np.zeros((3, 1))
-    count = 0 if defect == "no examples" else 5
-    content = {
-        "arrays": ArrayRecord({k: Array(v) for k, v in arrays.items()}),
-        "metrics": MetricRecord({"partition-id": 4, "num-examples": count}),
-    }
-    message = Message(RecordDict(content), 1, "train")
-    updates, failures = sort_replies([message], expected)
-    assert updates == []
-    assert failures[0]["partition"] == 4
+        state["a"] = torch.zeros(3, 1)
+    elif defect == "dtype":
+        state["a"] = torch.zeros(3, dtype=torch.float64)
+    reason, count = DEFECTS[defect]
+    arrays = pack_state(state)
+    if defect == "garbage":
+        arrays["safetensors"] = Array(np.frombuffer(b"no tensors here", dtype=np.uint8))
+    metrics = MetricRecord({"partition-id": 4, "num-examples": count})
+    message = Message(RecordDict({"arrays": arrays, "metrics": metrics}), 1, "train")
+    with pytest.raises(ValueError, match=reason):
+        read_update(4, message, expected)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_strategies_wait_for_all_clients_and_start_with_one(strategy):
-    built = make_strategy(load_config("config", [f"strategy={strategy}"]).strategy, 7)
-    assert built.min_available_nodes == 7
-    assert built.min_train_nodes == 1
+def test_strategies_leave_waiting_to_us_and_start_with_one(strategy):
+    built = make_strategy(load_config("config", [f"strategy={strategy}"]).strategy)
+    assert built.min_available_nodes == built.min_train_nodes == built.min_evaluate_nodes == 1
 
 
 def test_a_client_that_raises_is_named_with_its_reason(federate, monkeypatch):

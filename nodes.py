@@ -1,0 +1,171 @@
+"""The clients as the server sees them: who is connected, who holds what, asking them."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from flwr.app import Error, Message, MessageType, RecordDict
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+from omegaconf import DictConfig
+
+METRICS = "metrics"
+ABSENCES = (
+    ErrorCode.MESSAGE_UNAVAILABLE,
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+    ErrorCode.NODE_UNAVAILABLE,
+)
+POLL_S = 1.0
+REPORT_EVERY_S = 15.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back from a node: a message, or the reason why there is none.
+
+    Attributes:
+        absent: nobody answered, rather than a client that failed.
+    """
+
+    node: int
+    reply: Message | None
+    failure: str = ""
+    absent: bool = False
+
+
+class Nodes:
+    """Keeps track of nodes over the rounds; Flower knows them only by random numbers.
+
+    Strategies sample from it like from a grid: node ids come in the order of
+    their partitions, so that the seed alone decides which partitions take part.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        min_nodes: int,
+        wait_s: float,
+        timeout_s: float,
+        report: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """Remember how patient to be.
+
+        Args:
+            min_nodes: how many must be connected before a round starts.
+            wait_s: how long to wait for them.
+            timeout_s: how long to wait for replies.
+            report: told, in a line, of waiting and of nodes that come and go.
+        """
+        self.grid, self.min_nodes, self.report = grid, min_nodes, report
+        self.wait_s, self.timeout_s = wait_s, timeout_s
+        self.partition_of: dict[int, int] = {}
+        self._present: list[int] = []
+
+    @classmethod
+    def of(
+        cls, grid: Grid, config: DictConfig, report: Callable[[str], None] = lambda line: None
+    ) -> "Nodes":
+        """Be as patient as the configuration says; min_nodes=null means all clients."""
+        min_nodes = config.min_nodes or config.num_clients
+        return cls(grid, min_nodes, config.node_wait_s, config.round_timeout_s, report)
+
+    def get_node_ids(self) -> list[int]:
+        """List the nodes of the current round that are not lost, by partition."""
+        return list(self._present)
+
+    def gather(self) -> None:
+        """Wait for the nodes of a new round and learn which partition each holds.
+
+        Raises:
+            RuntimeError: too few in time, two with the same partition, or one
+                that can't take part.
+        """
+        deadline = time.monotonic() + self.wait_s
+        next_report = time.monotonic() + POLL_S
+        while True:
+            connected = list(self.grid.get_node_ids())
+            if len(connected) >= self.min_nodes:
+                self._greet([node for node in connected if node not in self.partition_of])
+                self._present = self._one_per_partition(connected)
+                if len(self._present) >= self.min_nodes:
+                    return
+            now = time.monotonic()
+            have = f"{len(connected)} of {self.min_nodes} nodes are connected"
+            if now >= deadline:
+                raise RuntimeError(
+                    f"{have} after waiting {self.wait_s:g} s; start the others, or change "
+                    "min_nodes or node_wait_s"
+                )
+            if now >= next_report:
+                self.report(f"{have}; waiting at most {deadline - now:.0f} s for the others")
+                next_report = now + REPORT_EVERY_S
+            time.sleep(POLL_S if connected else 0.1)
+
+    def _greet(self, strangers: list[int]) -> None:
+        """Ask new nodes which partition they hold; they check their images meanwhile."""
+        if not strangers:
+            return
+        messages = [Message(RecordDict(), node, MessageType.QUERY) for node in strangers]
+        earlier = set(self.partition_of.values())
+        held: set[int] = set()
+        for answer in self._exchange(messages):
+            if answer.reply is None:
+                if answer.absent:
+                    continue  # gone again
+                raise RuntimeError(f"a client can't take part: {answer.failure}")
+            partition = int(answer.reply.content[METRICS]["partition-id"])
+            if partition in held:
+                raise RuntimeError(
+                    f"two nodes hold partition {partition}; give each its own partition-id"
+                )
+            held.add(partition)
+            self.partition_of[answer.node] = partition
+            back = " again, at a new node" if partition in earlier else ""
+            self.report(f"partition {partition} is connected{back}")
+
+    def _one_per_partition(self, connected: list[int]) -> list[int]:
+        """Sort by partition; the node that came last replaces one that died and came back."""
+        newest = {
+            partition: node for node, partition in self.partition_of.items() if node in connected
+        }
+        return [newest[partition] for partition in sorted(newest)]
+
+    def ask(self, messages: Iterable[Message]) -> list[Answer]:
+        """Send messages and wait for the replies, in the order of the partitions.
+
+        Nodes that are gone or too slow take no further part in the round.
+        """
+        answers = self._exchange(list(messages))
+        gone = {answer.node for answer in answers if answer.absent}
+        self._present = [node for node in self._present if node not in gone]
+        return sorted(answers, key=lambda answer: self.partition_of[answer.node])
+
+    def _exchange(self, messages: list[Message]) -> list[Answer]:
+        replies = list(self.grid.send_and_receive(messages, timeout=self.timeout_s))
+        by_id = {reply.metadata.reply_to_message_id: reply for reply in replies}
+        answers = []
+        for message in messages:
+            node = message.metadata.dst_node_id
+            reply = by_id.get(message.metadata.message_id)
+            if reply is None:
+                late = f"no reply within {self.timeout_s:g} s"
+                answers.append(Answer(node, None, late, absent=True))
+            elif reply.has_error():
+                absent = reply.error.code in ABSENCES
+                answers.append(Answer(node, None, explain(reply.error), absent))
+            else:
+                answers.append(Answer(node, reply))
+        return answers
+
+
+def explain(error: Error) -> str:
+    """Say in one line what an error reply means.
+
+    Flower wraps a client's own line as "<class '...'>:<'line'>".
+    """
+    if error.code == ErrorCode.NODE_UNAVAILABLE:
+        return "its node is gone, no heartbeat any more"
+    text = (error.reason or "no reason given").strip()
+    if ":<'" in text:
+        text = text.partition(":<'")[2].removesuffix("'>")
+    return text.splitlines()[0]
