@@ -243,7 +243,7 @@ def server_app(arguments: Sequence[str] | None = None) -> None:
         metavar="TEXT",
         help="as of flwr run, such as 'hydra-overrides=\"num_rounds=3\"'",
     )
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
 
     def job() -> int:
         link = _check_link(given)
@@ -266,9 +266,10 @@ def _run(link: Link, run_config: Path, max_wait_s: float, env: dict[str, str]) -
     submit = ["flwr", "run", ".", CONNECTION, "--format", "json"]
     run_id = str(_flwr([*submit, "--run-config", str(run_config)], env)["run-id"])
     print(f"Run {run_id} is on its way.", flush=True)
-    stream = Watched(["flwr", "log", run_id, ".", CONNECTION, "--stream"], env)
+    stream = Watched(["flwr", "log", run_id, CONNECTION, "--stream"], env)
     try:
-        stream.wait(link, max_wait_s)
+        if stream.wait(link, max_wait_s):
+            raise RuntimeError(f"the log of run {run_id} broke off: {stream.reason()}")
     except KeyboardInterrupt:
         subprocess.run(["flwr", "stop", run_id, CONNECTION], env=env, capture_output=True)
         print("stopped the run", file=sys.stderr)
