@@ -25,10 +25,6 @@ from omegaconf import DictConfig, OmegaConf
 from client import Identity, make_client_app
 from config import load_config
 from errors import UserError
-from figures import draw_loss_graph
-from nodes import Nodes
-from rundir import RunDirectory
-from server import Federation
 from utils import ImageSet, open_image_set
 
 DEFAULTS = ["num_clients=2"]
@@ -111,6 +107,12 @@ client2 = make_client_app(lambda context: identify(context, "client2"))
 @server.main()
 def main(grid: Grid, context: Context) -> None:
     """Train all rounds and leave the same run directory as main.py."""
+    # Imported here: on SuperNodes every message starts a process that imports this module.
+    from figures import draw_loss_graph
+    from nodes import Nodes
+    from rundir import RunDirectory
+    from server import Federation
+
     config: DictConfig = OmegaConf.create(config_text(context))
     image_set = open_servers_images(config)
     run = RunDirectory.create(Path(config.run_dir), config)

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from errors import UserError
-from model import build_model, extract_features, knn_accuracy, load_state
+from features import extract_features, knn_accuracy
+from model import build_model, load_state
 from nodes import Nodes
 from rundir import RunDirectory
 from updates import Update, check_answers, client_rows, restore_dtypes, weighted_mean

@@ -28,7 +28,8 @@ from augment import Augmentation, make_augmentation
 from config import run_entry
 from display import print_results
 from errors import UserError
-from model import SimCLR, build_model, extract_features, knn_accuracy, load_state
+from features import extract_features, knn_accuracy
+from model import SimCLR, build_model, load_state
 from rundir import RunDirectory, load_checkpoint, provenance
 from utils import ImageSet, choose_device, choose_dtype, derive_seed, generator_for, open_image_set
 

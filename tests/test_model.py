@@ -1,6 +1,5 @@
 import math
 
-import numpy as np
 import pytest
 import torch
 import torchvision
@@ -8,8 +7,6 @@ import torchvision
 from model import (
     SimCLR,
     build_model,
-    extract_features,
-    knn_accuracy,
     load_state,
     make_encoder,
     nt_xent,
@@ -118,30 +115,3 @@ def test_a_wrong_state_is_named(model, defect):
         state["encoder.bn1.weight"] = torch.zeros(3)
     with pytest.raises(ValueError, match=rf"{defect}.*encoder\.bn1|encoder\.bn1.*{defect}"):
         load_state(model, state)
-
-
-def test_features_come_from_eval_mode_and_leave_no_trace(model, digits):
-    model.train()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    whole = extract_features(model, digits.test.pixels[:40], CPU, torch.float32, 40)
-    parts = extract_features(model, digits.test.pixels[:40], CPU, torch.float32, 7)
-    assert whole.shape == (40, 512)
-    np.testing.assert_allclose(whole, parts, rtol=1e-4, atol=1e-5)  # no batch statistics
-    assert model.training
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-
-
-def test_knn_on_four_points():
-    bank = np.array([[1, 0], [0.9, 0.1], [0, 1], [0.1, 0.9]], dtype=np.float32)
-    labels = np.array([0, 0, 1, 1])
-    queries = np.array([[2, 0.1], [0.1, 3]], dtype=np.float32)
-    assert knn_accuracy(bank, labels, queries, np.array([0, 1]), neighbors=3) == 1.0
-    assert knn_accuracy(bank, labels, queries, np.array([1, 1]), neighbors=3) == 0.5
-    assert knn_accuracy(bank, labels, queries, np.array([0, 1]), neighbors=99) == 1.0
-
-
-def test_knn_lets_near_neighbours_outvote_many_far_ones():
-    bank = np.array([[1, 0], [0, 1], [0.05, 1], [-0.05, 1]], dtype=np.float32)
-    labels = np.array([0, 1, 1, 1])
-    query = np.array([[1, 0.05]], dtype=np.float32)
-    assert knn_accuracy(bank, labels, query, np.array([0]), neighbors=4) == 1.0

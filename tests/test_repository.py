@@ -16,7 +16,7 @@ from config import flags_to_overrides, load_config
 LEVELS = [
     {"environment", "errors"},
     {"augment", "config", "model", "nodes", "rundir", "sources", "display", "wire"},
-    {"launch", "updates", "utils"},
+    {"features", "launch", "updates", "utils"},
     {"client", "figures", "server", "test"},
     {"app", "main"},
 ]

@@ -1,0 +1,60 @@
+"""What the frozen encoder sees: features of images, and how well neighbours agree."""
+
+import numpy as np
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+
+from model import SimCLR
+
+
+@torch.inference_mode()
+def extract_features(
+    model: SimCLR, images: np.ndarray, device: torch.device, dtype: torch.dtype, batch_size: int
+) -> np.ndarray:
+    """Encode images in eval mode, so that batch statistics neither matter nor move.
+
+    Args:
+        images: uint8 (N, 3, H, W).
+        dtype: the autocast type of the forward pass, float32 for none.
+
+    Returns:
+        float32 (N, feature_size). The model's train/eval mode is as before.
+    """
+    was_training = model.training
+    model.eval()
+    chunks = []
+    for start in range(0, len(images), batch_size):
+        batch = torch.from_numpy(np.array(images[start : start + batch_size]))
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            chunks.append(model.features(batch.to(device).float() / 255).float().cpu())
+    model.train(was_training)
+    return torch.cat(chunks).numpy()
+
+
+def knn_accuracy(
+    bank: np.ndarray,
+    bank_labels: np.ndarray,
+    queries: np.ndarray,
+    query_labels: np.ndarray,
+    neighbors: int,
+    temperature: float = 0.07,
+) -> float:
+    """Top-1 of the weighted nearest-neighbour vote on cosine similarity.
+
+    Each neighbour votes with exp(similarity / temperature): Wu et al., section
+    3.4, https://arxiv.org/abs/1805.01978.
+
+    Args:
+        bank, queries: features (N, D) and (M, D).
+        bank_labels, query_labels: int64 (N,) and (M,).
+        neighbors: voters per query, at most N are used.
+
+    Returns:
+        The fraction of queries classified correctly, 0 to 1.
+    """
+    classifier = KNeighborsClassifier(
+        n_neighbors=min(neighbors, len(bank)),
+        metric="cosine",
+        weights=lambda distance: np.exp((1 - distance) / temperature),
+    )
+    return float(classifier.fit(bank, bank_labels).score(queries, query_labels))
