@@ -154,8 +154,6 @@ class Watched:
             try:
                 link.probe()
                 lost_since = None
-            except TimeoutError:
-                continue  # busy, not gone
             except (OSError, Refused) as error:
                 lost_since = lost_since or time.monotonic()
                 if time.monotonic() - lost_since >= max_wait_s:

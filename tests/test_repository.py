@@ -16,7 +16,7 @@ from config import flags_to_overrides, load_config
 LEVELS = [
     {"environment", "errors"},
     {"augment", "config", "model", "nodes", "rundir", "sources", "display", "wire"},
-    {"features", "launch", "updates", "utils"},
+    {"certificates", "features", "launch", "updates", "utils"},
     {"client", "figures", "server", "test"},
     {"app", "main"},
 ]
@@ -145,3 +145,16 @@ def test_recorded_runs_tell_how_they_were_made():
         assert (file.parent / "config.yaml").is_file()
         rounds = [json.loads(line) for line in (file.parent / "metrics.jsonl").open()]
         assert [row["round"] for row in rounds] == list(range(1, 8))
+
+
+def test_the_readmes_cost_of_the_wire_is_the_recorded_one():
+    recorded = json.loads((ROOT / "results" / "wire.json").read_text())
+    assert re.fullmatch(r"[0-9a-f]{40}", recorded["measured"]["commit"])
+    assert len(recorded["rows"]) == 8
+    for row in recorded["rows"]:
+        kind = "one array" if row["packed"] else "each on its own"
+        line = (
+            f"| {row['encoder']} | {kind} | {row['delay_ms']:.0f} ms | {row['requests']:.0f} "
+            f"| {row['down_mb']:.0f} MB | {row['up_mb']:.0f} MB | {row['seconds']:.0f} s |"
+        )
+        assert line in README, f"the README lacks: {line}"

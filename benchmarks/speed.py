@@ -1,0 +1,301 @@
+"""How fast local training is, against the bare network and against the usual way.
+
+    python benchmarks/speed.py --path cifar10-parquet --out results/speed.json
+
+Three ways to train the same encoder on the same images, measured alternately in
+one process, in images per second:
+
+- ours: `client.local_train` as it runs in a client;
+- bare: the same encoder, batch, precision and optimizer on random tensors that
+  lie ready: no data, no augmentation, no projection head, a sum for a loss;
+- usual: torchvision's transforms on one PIL image after the other in a
+  DataLoader with a worker per core, one forward pass per view, float32.
+
+Then the augmentation alone: two views of a batch of 512 by ours, by
+torchvision's v2 transforms on the whole batch (which draw one set of parameters
+for all its images), and by the per-image pipeline. Ratios within a run mean
+something; absolute figures depend on the machine.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.transforms import v2
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from augment import make_augmentation  # noqa: E402
+from client import local_train, make_optimization  # noqa: E402
+from config import load_config  # noqa: E402
+from model import build_model, nt_xent  # noqa: E402
+from rundir import provenance  # noqa: E402
+from utils import choose_device, choose_dtype, count_cores, generator_for, open_image_set  # noqa: E402
+
+CASES = [("resnet18", "imagenet"), ("resnet18", "conv3x3_stride1"), ("resnet50", "imagenet")]
+
+
+class Views(Dataset):
+    """The usual way: each image is a PIL image, its two views are made one by one."""
+
+    def __init__(self, pixels: np.ndarray, augment: Callable) -> None:
+        self.pixels, self.augment = pixels, augment
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        image = Image.fromarray(self.pixels[row].transpose(1, 2, 0))
+        return self.augment(image), self.augment(image)
+
+
+def usual_transform(size: int) -> Callable:
+    """SimCLR's transforms for CIFAR-10 as tutorials write them, strengths as ours."""
+    jitter = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(size, scale=(0.2, 1.0)),
+            transforms.RandomHorizontalFlip(),
+            transforms.RandomApply([jitter], p=0.8),
+            transforms.RandomGrayscale(0.1),
+            transforms.ToTensor(),
+        ]
+    )
+
+
+def batched_transform(size: int) -> Callable:
+    """Write the same with torchvision's v2, for tensors."""
+    jitter = v2.ColorJitter(0.4, 0.4, 0.4, 0.1)
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(size, scale=(0.2, 1.0), antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.RandomApply([jitter], p=0.8),
+            v2.RandomGrayscale(0.1),
+            v2.ToDtype(torch.float32, scale=True),
+        ]
+    )
+
+
+def endless(loader: DataLoader) -> Iterator:
+    """Repeat a loader's epochs."""
+    while True:
+        yield from loader
+
+
+class Contest:
+    """The three ways for one encoder and batch, each ready to do some steps."""
+
+    def __init__(self, config, pixels: np.ndarray, device: torch.device, workers: int) -> None:
+        self.config, self.pixels, self.device = config, pixels, device
+        self.dtype = choose_dtype(config.precision, device)
+        self.batch = config.train.batch_size
+        self.settings = make_optimization(config.train)
+        self.augmentation = make_augmentation(config.augment, config.dataset.image_size)
+        self.ours_model = build_model(config.model, config.dataset, 0, device)
+        self.bare_model = build_model(config.model, config.dataset, 0, device)
+        self.usual_model = build_model(config.model, config.dataset, 0, device).to(
+            memory_format=torch.contiguous_format
+        )
+        side = config.dataset.image_size
+        self.random_views = torch.rand(2 * self.batch, 3, side, side, device=device)
+        self.random_views = self.random_views.contiguous(memory_format=torch.channels_last)
+        self.loader = DataLoader(
+            Views(pixels, usual_transform(side)),
+            self.batch,
+            shuffle=True,
+            drop_last=True,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+        )
+        self.batches: Iterator | None = None
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Build the optimizer that local training uses."""
+        s = self.settings
+        return torch.optim.SGD(
+            model.parameters(), s.learning_rate, s.momentum, weight_decay=s.weight_decay
+        )
+
+    def ours(self, steps: int) -> float:
+        """Train as a client does; give images per second."""
+        result = local_train(
+            self.ours_model,
+            self.pixels,
+            np.arange(len(self.pixels)),
+            self.augmentation,
+            make_optimization({**self.config.train, "max_steps": steps, "local_epochs": 1000}),
+            run_part=(0, 0.1),
+            proximal_mu=0.0,
+            generator=generator_for(0, "benchmark"),
+            device=self.device,
+            dtype=self.dtype,
+        )
+        return result.images_per_second
+
+    def bare(self, steps: int) -> float:
+        """Do nothing but the encoder's forward and backward pass and the optimizer's step."""
+        encoder = self.bare_model.encoder.train()
+        optimizer = self.optimizer(encoder)
+        enabled = self.dtype != torch.float32
+
+        def step() -> None:
+            with torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled):
+                features = encoder(self.random_views)
+            optimizer.zero_grad(set_to_none=True)
+            features.float().sum().backward()
+            optimizer.step()
+
+        return self._timed(step, steps)
+
+    def usual(self, steps: int) -> float:
+        """Train as most tutorials do."""
+        model = self.usual_model.train()
+        optimizer = self.optimizer(model)
+        self.batches = self.batches or endless(self.loader)
+        batches = self.batches
+
+        def step() -> None:
+            first, second = (view.to(self.device, non_blocking=True) for view in next(batches))
+            projections = [
+                model.projection_head(model.encoder((view - model.mean) / model.std))
+                for view in (first, second)
+            ]
+            loss = nt_xent(torch.cat(projections), self.settings.temperature)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss.item()
+
+        return self._timed(step, steps)
+
+    def _timed(self, step: Callable[[], None], steps: int) -> float:
+        self._wait()
+        began = time.perf_counter()
+        for _ in range(steps):
+            step()
+        self._wait()
+        return steps * self.batch / (time.perf_counter() - began)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def compare(contest: Contest, steps: int, repeats: int) -> dict:
+    """Measure the ways in turns; give the medians and their ratios."""
+    ways = {"ours": contest.ours, "bare": contest.bare, "usual": contest.usual}
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for way in ways.values():
+        way(1)  # warm: kernels chosen, workers started, caches filled
+    for _ in range(repeats):
+        for name, way in ways.items():
+            found[name].append(way(steps))
+    medians = {name: float(np.median(values)) for name, values in found.items()}
+    return {
+        "images_per_second": medians,
+        "all": found,
+        "of_bare": medians["ours"] / medians["bare"],
+        "over_usual": medians["ours"] / medians["usual"],
+    }
+
+
+def compare_augmentations(config, pixels: np.ndarray, device: torch.device, workers: int) -> dict:
+    """Time two views of a batch of 512, three ways, in milliseconds."""
+    count, side = 512, config.dataset.image_size
+    batch = torch.from_numpy(pixels[:count].copy()).to(device)
+    ours = make_augmentation(config.augment, side)
+    generator = generator_for(0, "benchmark")
+    batched = batched_transform(side)
+    loader = endless(
+        DataLoader(
+            Views(pixels[: 8 * count], usual_transform(side)),
+            count // max(1, workers),  # so that all workers share the work of one batch
+            num_workers=workers,
+            persistent_workers=workers > 0,
+        )
+    )
+
+    def per_image() -> None:
+        for _ in range(max(1, workers)):
+            next(loader)
+
+    ways: dict[str, Callable[[], object]] = {
+        "ours": lambda: ours.two_views(batch, generator),
+        "torchvision v2 on the batch": lambda: (batched(batch), batched(batch)),
+        "one PIL image after the other": per_image,
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(12):
+        for name, way in ways.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            way()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if number >= 2:
+                times[name].append(time.perf_counter() - began)
+    # The loader works ahead, so the mean is what a batch costs, not the median.
+    mean = {name: 1000 * float(np.mean(values)) for name, values in times.items()}
+    return {"milliseconds": mean, "over_pil": mean["one PIL image after the other"] / mean["ours"]}
+
+
+def main() -> None:
+    """Measure, print tables, and write everything with its provenance."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--path", required=True, help="a local copy of uoft-cs/cifar10")
+    parser.add_argument("--batches", nargs="+", type=int, default=[256, 512])
+    parser.add_argument("--cases", nargs="+", default=[f"{e}/{s}" for e, s in CASES])
+    parser.add_argument("--steps", type=int, default=4, help="per measurement")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    base = ["dataset=cifar10", f"dataset.path={given.path}"]
+    config = load_config("config", base)
+    device, workers = choose_device(), count_cores()
+    torch.set_num_threads(workers)
+    pixels = np.array(open_image_set(config.dataset, config.cache_dir, 0).train.pixels)
+    augmentation = compare_augmentations(config, pixels, device, workers)
+    print("two views of 512 images")
+    for name, value in augmentation["milliseconds"].items():
+        print(f"  {name:32}{value:9.1f} ms")
+    rows = []
+    print(f"{'encoder':10}{'stem':17}{'batch':>6}{'ours':>8}{'bare':>8}{'usual':>8}   images/s")
+    for case in given.cases:
+        encoder, stem = case.split("/")
+        for batch in given.batches:
+            changes = [f"model={encoder}", f"model.stem={stem}", f"train.batch_size={batch}"]
+            contest = Contest(load_config("config", [*base, *changes]), pixels, device, workers)
+            row = {"encoder": encoder, "stem": stem, "batch": batch}
+            row |= compare(contest, given.steps, given.repeats)
+            rows.append(row)
+            speeds = row["images_per_second"]
+            print(
+                f"{encoder:10}{stem:17}{batch:6}{speeds['ours']:8.0f}{speeds['bare']:8.0f}"
+                f"{speeds['usual']:8.0f}   {row['of_bare']:.2f} of bare, "
+                f"{row['over_usual']:.1f} times the usual",
+                flush=True,
+            )
+            del contest
+    if given.out:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        command = f"python benchmarks/speed.py --path DIR --steps {given.steps}"
+        result = {"command": command, "augmentation": augmentation, "rows": rows}
+        result |= {"precision": str(choose_dtype("auto", device)), "measured": provenance()}
+        given.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
