@@ -45,6 +45,13 @@ PROBE_EVERY_S = 2.0
 GRACE_S = 10.0  # for a process to end by itself after SIGTERM
 CONNECTION = "superlink"  # the name of the only connection of the temporary configuration
 
+# What Flower's numbers of Fleet API errors mean to somebody who starts a node.
+REFUSALS = {
+    "[code: 2001]": "it only takes nodes whose keys it knows; give one with "
+    "--auth-supernode-private-key",
+    "[code: 2004]": "it does not know this node's key; register its public half with "
+    "`flwr supernode register`, or stop the other node that uses it",
+}
 # Run apart from the launcher, which would otherwise keep PyTorch in memory.
 LIST_APPS = """
 import environment, importlib, json, sys
@@ -176,6 +183,9 @@ class Watched:
 
     def reason(self) -> str:
         """Find the line in the output that says why Flower ended."""
+        for code, meaning in REFUSALS.items():
+            if any(code in line for line in self.last_lines):
+                return f"the SuperLink refuses this node: {meaning}"
         plain = [line.partition(":      ")[2] or line for line in self.last_lines]
         for number, line in enumerate(plain):
             if "Exit Code:" in line:
@@ -223,7 +233,7 @@ def client_app(arguments: Sequence[str] | None = None) -> None:
             finally:
                 node.stop()
         if status:
-            raise RuntimeError(f"the SuperNode ended: {node.reason()}")
+            raise RuntimeError(node.reason())
         return 0
 
     sys.exit(_guard(job))
