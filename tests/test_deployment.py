@@ -24,7 +24,7 @@ from launch import free_port
 
 BIN = Path(sys.executable).parent
 TINY = ["train.local_epochs=1", "train.max_steps=2", "monitor.bank=100", "monitor.queries=50"]
-TINY += ["precision=float32", "num_cpus=1"]
+TINY += ["precision=float32", "num_cpus=1", "model.stem=imagenet"]
 
 
 class Place:

@@ -20,7 +20,8 @@ import main as program
 import test as evaluation
 from config import run_entry
 
-SMALL = ["--num_clients=2", "--num_rounds", "2", "train.local_epochs=1"]
+SMALL = ["--num_clients=2", "--num_rounds", "2", "train.local_epochs=1", "train.max_steps=4"]
+FAST = "model.stem=imagenet"  # small images shrink to a point at once: little to compute
 
 
 def start(script, *arguments, **environment):
@@ -142,7 +143,7 @@ def test_other_data_goes_the_whole_way(kind, tmp_path, cache_dir, digits, reques
         data += ["monitor.queries=100", "eval.seeds=1", "eval.label_fraction=0.02", "held_out=0.01"]
     output = tmp_path / "outputs"
     places = [f"output_dir={output}", f"cache_dir={cache_dir}"]
-    done = start("main.py", *data, "num_rounds=1", "train.max_steps=1", *places)
+    done = start("main.py", *data, "num_rounds=1", "train.max_steps=1", FAST, *places)
     assert done.returncode == 0, done.stdout + done.stderr
     if kind == "folder":
         assert "1 unreadable files left out" in done.stdout
@@ -160,7 +161,7 @@ def test_other_data_goes_the_whole_way(kind, tmp_path, cache_dir, digits, reques
 def test_memory_does_not_grow_over_rounds(tmp_path, cache_dir):
     """Ten virtual clients, two at a time, ten rounds: resident memory of all processes."""
     arguments = ["num_clients=10", "num_rounds=10", "train.local_epochs=1", "train.max_steps=2"]
-    arguments += [f"output_dir={tmp_path}", f"cache_dir={cache_dir}", "eval.seeds=1"]
+    arguments += [f"output_dir={tmp_path}", f"cache_dir={cache_dir}", "eval.seeds=1", FAST]
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "main.py"), *arguments],
         stdout=subprocess.PIPE,
