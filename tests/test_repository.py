@@ -79,6 +79,18 @@ def test_the_readmes_commands_are_valid(words):
         load_config("config" if script == "main.py" else "test", overrides)
 
 
+def test_the_readme_documents_the_four_commands_of_a_federation():
+    four = [
+        ["flower-superlink", "--insecure"],
+        ["flower-client-app", "app:client1", "--insecure"],
+        ["flower-client-app", "app:client2", "--insecure"],
+        ["flower-server-app", "app:server", "--insecure"],
+    ]
+    listed = list(commands())
+    place = listed.index(four[0])
+    assert listed[place : place + 4] == four
+
+
 def test_the_readme_has_one_line_for_each_set_up():
     lines = [line for line in README.splitlines() if line.startswith("python3 -m venv")]
     assert len(lines) == 2
