@@ -89,6 +89,7 @@ RANGES: dict[str, tuple] = {
 # Types of the values whose default is null.
 NULLABLE: dict[str, tuple[type, ...]] = {
     "min_nodes": (int,),
+    "ray_address": (str,),
     "num_cpus": (int,),
     "num_gpus": (int, float),
     "checkpoint": (str,),

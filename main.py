@@ -24,19 +24,17 @@ from errors import UserError
 from figures import draw_loss_graph
 from model import build_model
 from nodes import Nodes
+from resources import ClientResources, find_machines, plan_resources
 from rundir import RunDirectory, check_writable
 from server import Federation, make_strategy
 from test import check_evaluable, evaluate_run
 from utils import (
-    ClientResources,
     ImageSet,
     choose_device,
     choose_dtype,
-    count_cores,
     name_some,
     open_image_set,
     partition_rows,
-    plan_resources,
     split_held_out,
 )
 
@@ -51,8 +49,7 @@ def prepare(config: DictConfig) -> tuple[ClientResources, ImageSet]:
         config.num_clients,
         config.num_cpus,
         config.num_gpus,
-        count_cores(),
-        torch.cuda.device_count(),
+        find_machines(config.ray_address),
     )
     make_strategy(config.strategy)
     if (config.min_nodes or 0) > config.num_clients:
@@ -81,7 +78,7 @@ def simulate(
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # failures are shown by the round
     backend = {
         "client_resources": {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus},
-        "init_args": {
+        "init_args": {  # without effect where a cluster was joined
             "address": "local",  # never join somebody's cluster unasked
             "num_cpus": resources.num_cpus * resources.at_a_time,
             "num_gpus": resources.total_gpus,
@@ -158,6 +155,8 @@ def train_and_evaluate(config: DictConfig) -> None:
     """Do the whole job in the run directory that Hydra made."""
     resources, image_set = prepare(config)
     config.num_cpus, config.num_gpus = resources.num_cpus, resources.num_gpus
+    if config.dataset.path:  # the clients' processes may work elsewhere
+        config.dataset.path = str(Path(config.dataset.path).expanduser().resolve())
     run = RunDirectory.create(Path(HydraConfig.get().runtime.output_dir), config)
     print_opening(config, resources, image_set)
     print(f"  directory  {show_path(run.path)}\n")

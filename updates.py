@@ -114,6 +114,7 @@ def client_rows(updates: list[Update], evaluations: list[Update]) -> list[dict[s
             "partition": update.partition,
             "num_examples": update.num_examples,
             "train_loss": update.metrics["train-loss"],
+            "images": int(update.metrics["images"]),
             "images_per_second": update.metrics["images-per-second"],
         }
     for update in evaluations:

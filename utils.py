@@ -295,57 +295,6 @@ def split_held_out(rows: np.ndarray, fraction: float) -> tuple[np.ndarray, np.nd
     return rows[held_out:], rows[:held_out]
 
 
-@dataclass(frozen=True)
-class ClientResources:
-    """What each simulated client gets, and how many run at a time.
-
-    Attributes:
-        num_cpus, num_gpus: per client process.
-        total_gpus: of the machine, 0 if the clients use none.
-    """
-
-    num_cpus: int
-    num_gpus: float
-    total_gpus: int
-    at_a_time: int
-
-
-def plan_resources(
-    num_clients: int, num_cpus: int | None, num_gpus: float | None, cores: int, gpus: int
-) -> ClientResources:
-    """Share the machine among the clients.
-
-    Args:
-        num_cpus: cores per client process; None divides the cores evenly.
-        num_gpus: GPU share per client process; None gives each GPU one client.
-        cores, gpus: of the machine.
-
-    Raises:
-        UserError: more is asked for than the machine has.
-    """
-    if num_cpus is not None and num_cpus > cores:
-        raise UserError(f"num_cpus={num_cpus}: this machine has {cores} cores; use at most that")
-    if num_gpus and gpus == 0:
-        raise UserError(f"num_gpus={num_gpus}: PyTorch finds no GPU here; leave num_gpus out")
-    if num_gpus and num_gpus > gpus:
-        raise UserError(f"num_gpus={num_gpus}: this machine has {gpus} GPUs; use at most that")
-    if num_gpus is None:
-        num_gpus = 1 if gpus else 0
-    slots = min(num_clients, cores)
-    if num_gpus:
-        slots = min(slots, int(gpus / num_gpus))
-    if num_cpus is None:
-        num_cpus = max(1, cores // slots)
-    at_a_time = min(slots, cores // num_cpus)
-    return ClientResources(num_cpus, num_gpus, gpus if num_gpus else 0, at_a_time)
-
-
-def count_cores() -> int:
-    """Count the CPU cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
 def derive_seed(seed: int, *purpose: int | str) -> int:
     """Hash the run's seed and a purpose, such as ("train", round, partition), to 63 bits."""
     text = json.dumps([seed, *purpose]).encode()

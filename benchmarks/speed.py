@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -39,8 +40,9 @@ from augment import make_augmentation  # noqa: E402
 from client import local_train, make_optimization  # noqa: E402
 from config import load_config  # noqa: E402
 from model import build_model, nt_xent  # noqa: E402
+from resources import count_cores  # noqa: E402
 from rundir import provenance  # noqa: E402
-from utils import choose_device, choose_dtype, count_cores, generator_for, open_image_set  # noqa: E402
+from utils import choose_device, choose_dtype, generator_for, open_image_set  # noqa: E402
 
 CASES = [("resnet18", "imagenet"), ("resnet18", "conv3x3_stride1"), ("resnet50", "imagenet")]
 
@@ -104,9 +106,7 @@ class Contest:
         self.augmentation = make_augmentation(config.augment, config.dataset.image_size)
         self.ours_model = build_model(config.model, config.dataset, 0, device)
         self.bare_model = build_model(config.model, config.dataset, 0, device)
-        self.usual_model = build_model(config.model, config.dataset, 0, device).to(
-            memory_format=torch.contiguous_format
-        )
+        self.usual_model = self._usual_model()
         side = config.dataset.image_size
         self.random_views = torch.rand(2 * self.batch, 3, side, side, device=device)
         self.random_views = self.random_views.contiguous(memory_format=torch.channels_last)
@@ -120,6 +120,16 @@ class Contest:
             pin_memory=device.type == "cuda",
         )
         self.batches: Iterator | None = None
+
+    def _usual_model(self) -> nn.Module:
+        """Build the same network from torchvision's layers, in the usual memory format."""
+        model = build_model(self.config.model, self.config.dataset, 0, self.device)
+        plain = getattr(torchvision.models, self.config.model.encoder)(weights=None)
+        if self.config.model.stem != "imagenet":
+            plain.conv1, plain.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+        plain.fc = nn.Identity()
+        model.encoder = plain
+        return model.to(self.device, memory_format=torch.contiguous_format)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """Build the optimizer that local training uses."""

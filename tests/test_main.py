@@ -13,6 +13,7 @@ import pytest
 import torch
 import torchvision
 from conftest import ROOT
+from ray.cluster_utils import Cluster
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -20,7 +21,14 @@ import main as program
 import test as evaluation
 from config import run_entry
 
-SMALL = ["--num_clients=2", "--num_rounds", "2", "train.local_epochs=1", "train.max_steps=4"]
+SMALL = [
+    "--num_clients=2",
+    "--num_cpus=1",
+    "--num_rounds",
+    "2",
+    "train.local_epochs=1",
+    "train.max_steps=4",
+]
 FAST = "model.stem=imagenet"  # small images shrink to a point at once: little to compute
 
 
@@ -122,6 +130,21 @@ def test_test_py_evaluates_the_latest_run_and_keeps_earlier_results(finished, ca
 def test_the_same_seed_gives_the_same_bytes(finished, tmp_path, cache_dir):
     again = start("main.py", *SMALL, f"output_dir={tmp_path}", f"cache_dir={cache_dir}")
     assert again.returncode == 0, again.stderr
+    last = "latest/checkpoints/round-0002.safetensors"
+    assert (tmp_path / last).read_bytes() == (finished[0] / last).read_bytes()
+
+
+def test_a_ray_cluster_of_two_nodes_gives_the_same_bytes(finished, tmp_path, cache_dir):
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        cluster.add_node(num_cpus=1)
+        places = [f"output_dir={tmp_path}", f"cache_dir={cache_dir}"]
+        done = start("main.py", *SMALL, f"ray_address={cluster.address}", *places)
+    finally:
+        cluster.shutdown()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    assert "2 clients at a time, each on 1 CPU core" in done.stdout
     last = "latest/checkpoints/round-0002.safetensors"
     assert (tmp_path / last).read_bytes() == (finished[0] / last).read_bytes()
 

@@ -15,7 +15,7 @@ from config import flags_to_overrides, load_config
 # Who may import whom: a module imports only from lower levels, never its own.
 LEVELS = [
     {"environment", "errors"},
-    {"augment", "config", "model", "nodes", "rundir", "sources", "display", "wire"},
+    {"augment", "config", "model", "nodes", "resources", "rundir", "sources", "display", "wire"},
     {"certificates", "features", "launch", "updates", "utils"},
     {"client", "figures", "server", "test"},
     {"app", "main"},

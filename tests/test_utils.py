@@ -16,7 +16,6 @@ from utils import (
     derive_seed,
     open_image_set,
     partition_rows,
-    plan_resources,
     split_held_out,
 )
 
@@ -349,38 +348,7 @@ def test_too_few_images_for_a_client_are_refused():
         split_held_out(np.arange(3), 0.1)
 
 
-# --- simulation settings and seeds --------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("asked", "machine", "expected"),
-    [
-        # (clients, cpus, gpus), (cores, gpus) -> (cpus, gpus, at a time)
-        ((5, None, None), (2, 0), (1, 0, 2)),
-        ((5, None, None), (16, 0), (3, 0, 5)),
-        ((5, 2, None), (2, 0), (2, 0, 1)),
-        ((2, 2, 0), (16, 1), (2, 0, 2)),
-        ((5, None, None), (16, 1), (16, 1, 1)),
-        ((5, 2, 0.25), (16, 1), (2, 0.25, 4)),
-        ((5, None, 0.25), (16, 1), (4, 0.25, 4)),
-        ((100, None, None), (8, 0), (1, 0, 8)),
-    ],
-)
-def test_the_machine_is_shared_among_the_clients(asked, machine, expected):
-    plan = plan_resources(*asked, *machine)
-    assert (plan.num_cpus, plan.num_gpus, plan.at_a_time) == expected
-
-
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [
-        ((5, 3, None), "num_cpus=3: this machine has 2 cores"),
-        ((5, None, 0.25), "num_gpus=0.25: PyTorch finds no GPU"),
-    ],
-)
-def test_more_than_the_machine_has_is_refused(asked, message):
-    with pytest.raises(UserError, match=message):
-        plan_resources(*asked, cores=2, gpus=0)
+# --- seeds --------------------------------------------
 
 
 def test_seeds_depend_on_the_purpose_and_fit_a_generator():

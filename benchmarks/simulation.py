@@ -1,0 +1,102 @@
+"""How much a whole simulation costs beyond the training itself, and what its memory does.
+
+    python benchmarks/simulation.py --path cifar10-parquet --out results/simulation.json
+
+Runs `python main.py` on CIFAR-10 without the final evaluation's repetitions and
+compares its wall time, up to the trained encoder, with the time that the clients
+spent in local training, which they report themselves, divided by the number of
+clients that run at a time. Meanwhile the resident and the proportional memory of
+every client process is sampled; shared pages, such as those of the image cache,
+count once in the latter.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from resources import count_cores  # noqa: E402
+from rundir import provenance  # noqa: E402
+
+SAMPLE_EVERY_S = 1.0
+
+
+def client_memory() -> list[dict[str, float]]:
+    """Sample resident, proportional and cache-file memory of the client processes, in MB."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"ClientAppActor" not in (folder / "cmdline").read_bytes():
+                continue
+            rollup = (folder / "smaps_rollup").read_text()
+            cache = 0
+            inside = False
+            for line in (folder / "smaps").read_text().splitlines():
+                if "-" in line.split(" ", 1)[0]:
+                    inside = line.endswith(".pixels")
+                elif inside and line.startswith("Rss:"):
+                    cache += int(line.split()[1])
+        except OSError:
+            continue
+        sizes = {line.split()[0][:-1]: int(line.split()[1]) for line in rollup.splitlines()[1:]}
+        found.append(
+            {"rss": sizes["Rss"] / 1e3, "pss": sizes["Pss"] / 1e3, "cache_rss": cache / 1e3}
+        )
+    return found
+
+
+def main() -> None:
+    """Run the simulation, compare, print, and write everything with its provenance."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--path", required=True, help="a local copy of uoft-cs/cifar10")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as train.max_steps=20")
+    given = parser.parse_intermixed_args()
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["main.py", "dataset=cifar10", f"dataset.path={given.path}", *given.overrides]
+        began = time.perf_counter()
+        run = subprocess.Popen(
+            [sys.executable, *command, f"output_dir={folder}", "eval.seeds=1"], cwd=ROOT
+        )
+        metrics = Path(folder, "latest", "metrics.jsonl")
+        memory: list[dict[str, float]] = []
+        trained = None
+        while run.poll() is None:
+            memory += client_memory()
+            if trained is None and Path(folder, "latest", "encoder.safetensors").exists():
+                trained = time.perf_counter() - began
+            time.sleep(SAMPLE_EVERY_S)
+        if run.returncode or trained is None:
+            raise SystemExit(f"the run failed with status {run.returncode}")
+        rows = [json.loads(line) for line in metrics.open()]
+        config = OmegaConf.load(Path(folder, "latest", "config.yaml"))
+    processes = min(config.num_clients, count_cores() // config.num_cpus)
+    local = sum(
+        client["images"] / client["images_per_second"] for row in rows for client in row["clients"]
+    )
+    result = {
+        "command": f"python {' '.join(command[:2])} {' '.join(given.overrides)}",
+        "wall_s": trained,
+        "local_training_s": local / processes,
+        "processes": processes,
+        "overhead_s": trained - local / processes,
+        "ratio": trained / (local / processes),
+        "peak_client_mb": {k: max(m[k] for m in memory) for k in ("rss", "pss", "cache_rss")},
+        "measured": provenance(),
+    }
+    print(json.dumps({k: v for k, v in result.items() if k != "measured"}, indent=2))
+    if given.out:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
