@@ -21,7 +21,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -89,10 +89,12 @@ def batched_transform(size: int) -> Callable:
     )
 
 
-def endless(loader: DataLoader) -> Iterator:
-    """Repeat a loader's epochs."""
-    while True:
-        yield from loader
+def make_loader(pixels: np.ndarray, side: int, batch: int, workers: int, cuda: bool) -> DataLoader:
+    """Load views the usual way, with a worker process per core."""
+    views = Views(pixels, usual_transform(side))
+    return DataLoader(
+        views, batch, shuffle=True, drop_last=True, num_workers=workers, pin_memory=cuda
+    )
 
 
 class Contest:
@@ -110,16 +112,7 @@ class Contest:
         side = config.dataset.image_size
         self.random_views = torch.rand(2 * self.batch, 3, side, side, device=device)
         self.random_views = self.random_views.contiguous(memory_format=torch.channels_last)
-        self.loader = DataLoader(
-            Views(pixels, usual_transform(side)),
-            self.batch,
-            shuffle=True,
-            drop_last=True,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=device.type == "cuda",
-        )
-        self.batches: Iterator | None = None
+        self.loader = make_loader(pixels, side, self.batch, workers, device.type == "cuda")
 
     def _usual_model(self) -> nn.Module:
         """Build the same network from torchvision's layers, in the usual memory format."""
@@ -173,8 +166,7 @@ class Contest:
         """Train as most tutorials do."""
         model = self.usual_model.train()
         optimizer = self.optimizer(model)
-        self.batches = self.batches or endless(self.loader)
-        batches = self.batches
+        batches = iter(self.loader)  # workers of its own, which end with it
 
         def step() -> None:
             first, second = (view.to(self.device, non_blocking=True) for view in next(batches))
@@ -188,6 +180,7 @@ class Contest:
             optimizer.step()
             loss.item()
 
+        step()
         return self._timed(step, steps)
 
     def _timed(self, step: Callable[[], None], steps: int) -> float:
@@ -203,15 +196,21 @@ class Contest:
             torch.cuda.synchronize()
 
 
-def compare(contest: Contest, steps: int, repeats: int) -> dict:
-    """Measure the ways in turns; give the medians and their ratios."""
+def compare(contest: Contest, seconds: float, repeats: int) -> dict:
+    """Measure the ways in turns; give the medians and their ratios.
+
+    A measurement lasts `seconds` or at least two steps, long against the few
+    batches that a DataLoader has ready beforehand.
+    """
     ways = {"ours": contest.ours, "bare": contest.bare, "usual": contest.usual}
+    steps = {}
+    for name, way in ways.items():
+        way(1)  # warm: kernels chosen, memory taken
+        steps[name] = max(2, round(seconds * way(1) / contest.batch))
     found: dict[str, list[float]] = {name: [] for name in ways}
-    for way in ways.values():
-        way(1)  # warm: kernels chosen, workers started, caches filled
     for _ in range(repeats):
         for name, way in ways.items():
-            found[name].append(way(steps))
+            found[name].append(way(steps[name]))
     medians = {name: float(np.median(values)) for name, values in found.items()}
     return {
         "images_per_second": medians,
@@ -228,38 +227,37 @@ def compare_augmentations(config, pixels: np.ndarray, device: torch.device, work
     ours = make_augmentation(config.augment, side)
     generator = generator_for(0, "benchmark")
     batched = batched_transform(side)
-    loader = endless(
-        DataLoader(
-            Views(pixels[: 8 * count], usual_transform(side)),
-            count // max(1, workers),  # so that all workers share the work of one batch
-            num_workers=workers,
-            persistent_workers=workers > 0,
-        )
-    )
 
-    def per_image() -> None:
-        for _ in range(max(1, workers)):
-            next(loader)
-
-    ways: dict[str, Callable[[], object]] = {
-        "ours": lambda: ours.two_views(batch, generator),
-        "torchvision v2 on the batch": lambda: (batched(batch), batched(batch)),
-        "one PIL image after the other": per_image,
-    }
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(12):
-        for name, way in ways.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            began = time.perf_counter()
+    def time_tensors(way: Callable[[], object], repeats: int = 30) -> float:
+        way()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(repeats):
             way()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if number >= 2:
-                times[name].append(time.perf_counter() - began)
-    # The loader works ahead, so the mean is what a batch costs, not the median.
-    mean = {name: 1000 * float(np.mean(values)) for name, values in times.items()}
-    return {"milliseconds": mean, "over_pil": mean["one PIL image after the other"] / mean["ours"]}
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return 1000 * (time.perf_counter() - began) / repeats
+
+    def time_loader(batches: int = 30) -> float:
+        rows = np.resize(pixels, ((batches + 2 * workers) * count, *pixels.shape[1:]))
+        loader = iter(make_loader(rows, side, count, workers, False))
+        for _ in range(2 * workers):  # what was made before the clock starts
+            next(loader)
+        began = time.perf_counter()
+        for _ in range(batches):
+            next(loader)
+        return 1000 * (time.perf_counter() - began) / batches
+
+    found = {
+        "ours": time_tensors(lambda: ours.two_views(batch, generator)),
+        "torchvision v2 on the batch": time_tensors(lambda: (batched(batch), batched(batch))),
+        "one PIL image after the other": time_loader(),
+    }
+    return {
+        "milliseconds": found,
+        "over_pil": found["one PIL image after the other"] / found["ours"],
+    }
 
 
 def main() -> None:
@@ -268,7 +266,7 @@ def main() -> None:
     parser.add_argument("--path", required=True, help="a local copy of uoft-cs/cifar10")
     parser.add_argument("--batches", nargs="+", type=int, default=[256, 512])
     parser.add_argument("--cases", nargs="+", default=[f"{e}/{s}" for e, s in CASES])
-    parser.add_argument("--steps", type=int, default=4, help="per measurement")
+    parser.add_argument("--seconds", type=float, default=20, help="of a measurement")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -289,7 +287,7 @@ def main() -> None:
             changes = [f"model={encoder}", f"model.stem={stem}", f"train.batch_size={batch}"]
             contest = Contest(load_config("config", [*base, *changes]), pixels, device, workers)
             row = {"encoder": encoder, "stem": stem, "batch": batch}
-            row |= compare(contest, given.steps, given.repeats)
+            row |= compare(contest, given.seconds, given.repeats)
             rows.append(row)
             speeds = row["images_per_second"]
             print(
@@ -301,7 +299,7 @@ def main() -> None:
             del contest
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        command = f"python benchmarks/speed.py --path DIR --steps {given.steps}"
+        command = f"python benchmarks/speed.py --path DIR --seconds {given.seconds:g}"
         result = {"command": command, "augmentation": augmentation, "rows": rows}
         result |= {"precision": str(choose_dtype("auto", device)), "measured": provenance()}
         given.out.write_text(json.dumps(result, indent=2) + "\n")
