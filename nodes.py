@@ -16,6 +16,7 @@ ABSENCES = (
     ErrorCode.NODE_UNAVAILABLE,
 )
 POLL_S = 1.0
+REPLY_POLL_S = 0.2
 REPORT_EVERY_S = 15.0
 
 
@@ -141,12 +142,11 @@ class Nodes:
         return sorted(answers, key=lambda answer: self.partition_of[answer.node])
 
     def _exchange(self, messages: list[Message]) -> list[Answer]:
-        replies = list(self.grid.send_and_receive(messages, timeout=self.timeout_s))
-        by_id = {reply.metadata.reply_to_message_id: reply for reply in replies}
+        replies = self._send_and_receive(messages)
         answers = []
         for message in messages:
             node = message.metadata.dst_node_id
-            reply = by_id.get(message.metadata.message_id)
+            reply = replies.get(message.metadata.message_id)
             if reply is None:
                 late = f"no reply within {self.timeout_s:g} s"
                 answers.append(Answer(node, None, late, absent=True))
@@ -156,6 +156,22 @@ class Nodes:
             else:
                 answers.append(Answer(node, reply))
         return answers
+
+    def _send_and_receive(self, messages: list[Message]) -> dict[str, Message]:
+        """Send messages and collect replies by the ids of the messages.
+
+        The grid's own method looks for replies every three seconds only.
+        """
+        waiting = {message_id for message_id in self.grid.push_messages(messages) if message_id}
+        replies: dict[str, Message] = {}
+        deadline = time.monotonic() + self.timeout_s
+        while waiting and time.monotonic() < deadline:
+            for reply in self.grid.pull_messages(waiting):
+                replies[reply.metadata.reply_to_message_id] = reply
+            waiting -= replies.keys()
+            if waiting:
+                time.sleep(REPLY_POLL_S)
+        return replies
 
 
 def explain(error: Error) -> str:

@@ -42,8 +42,8 @@ class LocalGrid:
     def get_node_ids(self):
         return random.SystemRandom().sample(list(self.nodes), len(self.nodes))
 
-    def send_and_receive(self, messages, timeout):
-        replies = []
+    def push_messages(self, messages):
+        self.replies = []
         for number, message in enumerate(messages):
             context = self.nodes[message.metadata.dst_node_id]
             partition = context.node_config["partition-id"]
@@ -51,7 +51,12 @@ class LocalGrid:
                 self.asked.append((message.metadata.message_type, partition))
             message.metadata.__dict__["_message_id"] = str(number)
             reply = self.app(message, context)
-            replies.append(self.tamper(partition, reply) if reply.content.array_records else reply)
+            reply = self.tamper(partition, reply) if reply.content.array_records else reply
+            self.replies.append(reply)
+        return [str(number) for number in range(len(messages))]
+
+    def pull_messages(self, message_ids):
+        replies, self.replies = self.replies, []
         return random.SystemRandom().sample(replies, len(replies))
 
 
