@@ -299,16 +299,6 @@ def test_a_node_that_never_comes_and_a_superlink_that_is_stopped(place):
     assert "has been gone for 5 s" in place.log("client1").splitlines()[-1]
 
 
-def test_clients_that_cannot_take_part_end_the_run_with_a_line(place):
-    """Two nodes with the same part, wrong overrides past the launcher, too few images."""
-    place.superlink()
-    place.client(1)
-    place.start("twin", "flower-client-app", "app:client1", "--insecure", "--superlink", place.link)
-    place.server()
-    assert place.end("server", 90) == 1
-    assert "two nodes hold partition 0" in place.log("server").splitlines()[-1]
-
-
 BAD_INPUT = {
     "unknown client": (["client", "app:client9"], "did you mean app:client"),
     "unknown module": (["client", "nowhere:client1"], "in the module 'app'"),

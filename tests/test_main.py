@@ -127,14 +127,9 @@ def test_test_py_evaluates_the_latest_run_and_keeps_earlier_results(finished, ca
     assert all(file.read_bytes() == data for file, data in before.items())
 
 
-def test_the_same_seed_gives_the_same_bytes(finished, tmp_path, cache_dir):
-    again = start("main.py", *SMALL, f"output_dir={tmp_path}", f"cache_dir={cache_dir}")
-    assert again.returncode == 0, again.stderr
-    last = "latest/checkpoints/round-0002.safetensors"
-    assert (tmp_path / last).read_bytes() == (finished[0] / last).read_bytes()
-
-
-def test_a_ray_cluster_of_two_nodes_gives_the_same_bytes(finished, tmp_path, cache_dir):
+def test_the_same_seed_gives_the_same_bytes_even_on_a_ray_cluster_of_two_nodes(
+    finished, tmp_path, cache_dir
+):
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         cluster.add_node(num_cpus=1)
@@ -181,15 +176,10 @@ def test_other_data_goes_the_whole_way(kind, tmp_path, cache_dir, digits, reques
         assert result["labelled_images"] == 1_000
 
 
-@pytest.mark.parametrize("clients", [10, 1000])
-def test_memory_does_not_grow_over_rounds(clients, tmp_path, cache_dir, request):
-    """Ten clients, or ten of a thousand in every round: resident memory of all processes."""
-    arguments = [f"num_clients={clients}", "num_rounds=10", "train.local_epochs=1"]
+def test_memory_does_not_grow_over_rounds(tmp_path, cache_dir):
+    """Ten virtual clients, two at a time, ten rounds: resident memory of all processes."""
+    arguments = ["num_clients=10", "num_rounds=10", "train.local_epochs=1"]
     arguments += [f"output_dir={tmp_path}", f"cache_dir={cache_dir}", "eval.seeds=1", FAST]
-    if clients == 1000:
-        path = request.getfixturevalue("cifar10")
-        arguments += ["dataset=cifar10", f"dataset.path={path}", "dataset.label_column=null"]
-        arguments += ["strategy.fraction_train=0.01", "strategy.fraction_evaluate=0.01"]
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "main.py"), *arguments, "train.max_steps=1"],
         stdout=subprocess.PIPE,
@@ -212,11 +202,6 @@ def test_memory_does_not_grow_over_rounds(clients, tmp_path, cache_dir, request)
     early, late = after_round[3], after_round[max(k for k in after_round if k < 10)]
     assert early > 0
     assert late < early * 1.05, {k: f"{v / 2**20:.0f} MiB" for k, v in after_round.items()}
-    lines = [json.loads(line) for line in metrics.open()]
-    assert all(len(line["clients"]) >= 10 for line in lines)  # ten train, ten evaluate
-    if clients == 1000:
-        trained = {tuple(c["partition"] for c in line["clients"]) for line in lines}
-        assert len(trained) == 10  # others every round
 
 
 def resident_bytes(name, main_pid):
