@@ -11,187 +11,31 @@ watch that the SuperLink is still there, and end with one line and a status.
 """
 
 import argparse
-import http.client
 import json
 import os
-import shlex
 import signal
-import socket
-import ssl
 import subprocess
 import sys
 import tempfile
 import time
-import tomllib
-from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
-from click import ClickException
-from flwr.common.config import parse_config_args
-
-from config import load_config
 from errors import UserError
+from launch_checks import (
+    check_app,
+    check_file,
+    check_link,
+    check_node_config,
+    check_port,
+    check_run_config,
+    free_port,
+)
+from link import CONNECTION, Link, Refused, Watched, await_link, unreachable
 
 DEFAULT_SUPERLINK = "127.0.0.1:8000"
 DEFAULT_MAX_WAIT_S = 60.0
-PROBE_TIMEOUT_S = 5.0
-PROBE_EVERY_S = 2.0
-GRACE_S = 10.0  # for a process to end by itself after SIGTERM
-CONNECTION = "superlink"  # the name of the only connection of the temporary configuration
-
-# What Flower's numbers of Fleet API errors mean to somebody who starts a node.
-REFUSALS = {
-    "[code: 2001]": "it only takes nodes whose keys it knows; give one with "
-    "--auth-supernode-private-key",
-    "[code: 2004]": "it does not know this node's key; register its public half with "
-    "`flwr supernode register`, or stop the other node that uses it",
-}
-# Run apart from the launcher, which would otherwise keep PyTorch in memory.
-LIST_APPS = """
-import environment, importlib, json, sys
-module = importlib.import_module(sys.argv[1])
-kinds = {name: type(value).__name__ for name, value in vars(module).items()}
-print(json.dumps({n: k for n, k in kinds.items() if k in ("ClientApp", "ServerApp")}))
-"""
-
-
-class Refused(Exception):
-    """The SuperLink answers, but not to us; trying again is pointless."""
-
-
-@dataclass(frozen=True)
-class Link:
-    """How to reach a SuperLink: `host:port`, and TLS unless insecure."""
-
-    address: str
-    insecure: bool
-    root_certificates: Path | None
-
-    def probe(self) -> None:
-        """Ask for a sign of life.
-
-        Raises:
-            OSError: nobody answers there.
-            Refused: somebody does, but without TLS, only with TLS, or with a
-                certificate that is not trusted.
-        """
-        host, _, port = self.address.rpartition(":")
-        where = (host.strip("[]"), int(port))
-        if self.insecure:
-            connection = http.client.HTTPConnection(*where, timeout=PROBE_TIMEOUT_S)
-        else:
-            context = ssl.create_default_context(cafile=self.root_certificates)
-            connection = http.client.HTTPSConnection(
-                *where, timeout=PROBE_TIMEOUT_S, context=context
-            )
-        try:
-            connection.request("GET", "/health")
-            connection.getresponse().read()
-        except ssl.SSLCertVerificationError as error:
-            known = self.root_certificates or "the system's certificate authorities"
-            raise Refused(
-                f"its certificate is not accepted by {known} ({error.verify_message}); give the "
-                "certificate authority that signed it with --root-certificates"
-            ) from error
-        except ssl.SSLError as error:
-            raise Refused(f"it does not speak TLS ({error.reason}); use --insecure") from error
-        except TimeoutError:
-            raise
-        except (http.client.HTTPException, ConnectionResetError) as error:
-            raise Refused(
-                "it closes unencrypted connections; replace --insecure by --root-certificates"
-            ) from error
-        finally:
-            connection.close()
-
-    def toml(self) -> str:
-        """Write this link as the only connection of a Flower configuration."""
-        lines = [f"[superlink.{CONNECTION}]", f"address = {json.dumps(self.address)}"]
-        if self.insecure:
-            lines.append("insecure = true")
-        elif self.root_certificates:
-            lines.append(f"root-certificates = {json.dumps(str(self.root_certificates))}")
-        return "\n".join(lines) + "\n"
-
-
-class Watched:
-    """A child process in a group of its own, whose output is passed on line by line."""
-
-    def __init__(self, command: Sequence[str], env: dict[str, str]) -> None:
-        self.process = subprocess.Popen(
-            command,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-        self.last_lines: deque[str] = deque(maxlen=40)
-        self._pump = Thread(target=self._pass_on, daemon=True)
-        self._pump.start()
-
-    def _pass_on(self) -> None:
-        for line in self.process.stdout or ():
-            self.last_lines.append(line.rstrip())
-            print(line, end="", flush=True)
-
-    def wait(self, link: Link, max_wait_s: float) -> int:
-        """Wait until the process ends, at most `max_wait_s` without a SuperLink.
-
-        Returns:
-            Its exit status.
-
-        Raises:
-            RuntimeError: the SuperLink has been gone for too long.
-        """
-        lost_since = None
-        next_probe = time.monotonic() + PROBE_EVERY_S
-        while self.process.poll() is None:
-            time.sleep(0.1)
-            if time.monotonic() < next_probe:
-                continue
-            next_probe = time.monotonic() + PROBE_EVERY_S
-            try:
-                link.probe()
-                lost_since = None
-            except (OSError, Refused) as error:
-                lost_since = lost_since or time.monotonic()
-                if time.monotonic() - lost_since >= max_wait_s:
-                    raise RuntimeError(
-                        f"the SuperLink at {link.address} has been gone for {max_wait_s:g} s "
-                        f"({error}); start it again, or wait longer with --max-wait-time"
-                    ) from error
-        self._pump.join(timeout=GRACE_S)
-        return self.process.returncode
-
-    def stop(self) -> None:
-        """End the process and all that it started."""
-        if self.process.poll() is None:
-            self.process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(GRACE_S)
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def reason(self) -> str:
-        """Find the line in the output that says why Flower ended."""
-        for code, meaning in REFUSALS.items():
-            if any(code in line for line in self.last_lines):
-                return f"the SuperLink refuses this node: {meaning}"
-        plain = [line.partition(":      ")[2] or line for line in self.last_lines]
-        for number, line in enumerate(plain):
-            if "Exit Code:" in line:
-                following = [text.strip() for text in plain[number + 1 :] if text.strip()]
-                return " ".join(text for text in following[:2] if "http" not in text)
-        return next((line for line in reversed(plain) if line.strip()), "no output")
 
 
 def client_app(arguments: Sequence[str] | None = None) -> None:
@@ -212,7 +56,7 @@ def client_app(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
 
     def job() -> int:
-        link = _check_link(given)
+        link = check_link(given)
         node_config = check_node_config(given.node_config)
         port = free_port() if given.port is None else check_port(given.port)
         node_config["client-app"] = check_app(given.app, "clientapp")
@@ -222,7 +66,7 @@ def client_app(arguments: Sequence[str] | None = None) -> None:
         elif link.root_certificates:
             command += ["--root-certificates", str(link.root_certificates)]
         if given.auth_supernode_private_key:
-            key = _check_file("--auth-supernode-private-key", given.auth_supernode_private_key)
+            key = check_file("--auth-supernode-private-key", given.auth_supernode_private_key)
             command += ["--auth-supernode-private-key", str(key)]
         await_link(link, given.max_wait_time)
         with tempfile.TemporaryDirectory() as folder:
@@ -254,13 +98,13 @@ def server_app(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_intermixed_args(arguments)
 
     def job() -> int:
-        link = _check_link(given)
+        link = check_link(given)
         run_config = check_run_config(given.run_config, given.overrides)
         check_app(given.app, "serverapp")
         try:
             link.probe()
         except (OSError, Refused) as error:
-            raise RuntimeError(_unreachable(link, error)) from error
+            raise RuntimeError(unreachable(link, error)) from error
         with tempfile.TemporaryDirectory() as home:
             Path(home, "config.toml").write_text(link.toml())
             file = write_toml(Path(home, "run.toml"), run_config)
@@ -313,97 +157,6 @@ def _flwr(command: Sequence[str], env: dict[str, str]) -> dict:
     return answer
 
 
-def check_app(reference: str, component: str) -> str:
-    """Check a `module:attribute` against the app that the project ships.
-
-    Args:
-        component: "clientapp" or "serverapp".
-
-    Returns:
-        The attribute.
-
-    Raises:
-        UserError: not this project's module, no such attribute, or the other kind.
-    """
-    module, _, attribute = reference.partition(":")
-    if not module or not attribute:
-        raise UserError(f"{reference}: must be module:attribute, such as app:server")
-    try:
-        project = tomllib.loads(Path("pyproject.toml").read_text())
-        shipped = project["tool"]["flwr"]["app"]["components"][component]
-    except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
-        raise UserError(
-            f"{reference}: no Flower app in {Path.cwd()}; change to the project's directory"
-        ) from error
-    own = shipped.partition(":")[0]
-    if module != own:
-        raise UserError(f"{reference}: the apps of this project are in the module {own!r}")
-    asked = subprocess.run(
-        [sys.executable, "-c", LIST_APPS, module], capture_output=True, text=True
-    )
-    if asked.returncode:
-        reason = (asked.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise UserError(f"{reference}: {module} can't be imported ({reason})")
-    kinds = json.loads(asked.stdout.splitlines()[-1])
-    kind = {"clientapp": "ClientApp", "serverapp": "ServerApp"}[component]
-    known = [name for name, its in kinds.items() if its == kind]
-    if attribute not in known:
-        close = get_close_matches(attribute, known, n=1)
-        hint = f"did you mean {module}:{close[0]}?" if close else f"known: {', '.join(known)}"
-        raise UserError(f"{reference}: {module} has no {kind} {attribute!r}; {hint}")
-    if component == "serverapp" and reference != shipped:
-        raise UserError(f"{reference}: pyproject.toml ships {shipped}; name the other one there")
-    return attribute
-
-
-def check_run_config(text: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Check a run configuration and add Hydra overrides to it.
-
-    Raises:
-        UserError: not readable, an unknown key, or a wrong Hydra override.
-    """
-    values = _read_pairs("--run-config", text, ("hydra-overrides",))
-    joined = [*shlex.split(str(values.get("hydra-overrides", ""))), *overrides]
-    load_config("config", joined)
-    return {"hydra-overrides": shlex.join(joined)}
-
-
-def check_node_config(text: str) -> dict[str, Any]:
-    """Check a node configuration, and the folder of images if it names one.
-
-    Raises:
-        UserError: not readable, an unknown key, a wrong value or folder.
-    """
-    flag = "--node-config"
-    values = _read_pairs(flag, text, ("partition-id", "num-partitions", "data-path"))
-    for key, value in values.items():
-        if key != "data-path" and (type(value) is not int or value < 0):
-            raise UserError(f"{flag}: {key}={value}: must be a whole number, at least 0")
-    if "data-path" in values:
-        folder = Path(str(values["data-path"])).expanduser().resolve()
-        if not folder.is_dir() or not any(folder.iterdir()):
-            wrong = "is empty" if folder.is_dir() else "is no folder"
-            raise UserError(f"{flag}: data-path={folder}: {wrong}; give a folder of images")
-        values["data-path"] = str(folder)
-    return values
-
-
-def _read_pairs(flag: str, text: str, known: Sequence[str]) -> dict[str, Any]:
-    """Read pairs as Flower does, key=1 key="text", and refuse unknown keys."""
-    try:
-        values = parse_config_args([text])
-    except (ClickException, OSError, ValueError) as error:
-        reason = str(error).partition(".")[0]
-        raise UserError(f'{flag}: {text}: {reason}; write key=1 key="text"') from error
-    if text.strip() and not values:
-        raise UserError(f'{flag}: {text}: no key=value pair; write key=1 key="text"')
-    for key in values:
-        if key not in known:
-            close = get_close_matches(key, known, n=1) or known
-            raise UserError(f"{flag}: {key}: unknown key; known: {', '.join(close)}")
-    return values
-
-
 def write_toml(file: Path, values: dict[str, Any]) -> Path:
     """Write numbers and texts as TOML; a basic string of TOML escapes as JSON does."""
     file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
@@ -415,62 +168,6 @@ def environment(**changes: str) -> dict[str, str]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     quiet = {"FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_TELEMETRY_ENABLED": "0"}
     return {**os.environ, **quiet, "PATH": path, "PYTHONUNBUFFERED": "1", **changes}
-
-
-def await_link(link: Link, max_wait_s: float) -> None:
-    """Wait for the SuperLink to answer.
-
-    Raises:
-        RuntimeError: it refuses, or does not answer in time.
-    """
-    deadline = time.monotonic() + max_wait_s
-    told = False
-    while True:
-        try:
-            return link.probe()
-        except Refused as error:
-            raise RuntimeError(_unreachable(link, error)) from error
-        except OSError as error:
-            if time.monotonic() >= deadline:
-                raise RuntimeError(_unreachable(link, error)) from error
-        if not told:
-            print(
-                f"Waiting up to {max_wait_s:g} s for a SuperLink at {link.address} ...", flush=True
-            )
-            told = True
-        time.sleep(min(PROBE_EVERY_S, max(0.1, deadline - time.monotonic())))
-
-
-def _unreachable(link: Link, error: Exception) -> str:
-    if isinstance(error, Refused):
-        return f"the SuperLink at {link.address} refuses: {error}"
-    reason = getattr(error, "strerror", None) or str(error)
-    return (
-        f"no SuperLink at {link.address} ({reason}); start one with flower-superlink, or give "
-        "its address with --superlink HOST:PORT"
-    )
-
-
-def free_port() -> int:
-    """Find a TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def check_port(port: int) -> int:
-    """Make sure that a TCP port is free.
-
-    Raises:
-        UserError: it is not.
-    """
-    try:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--port={port}: {reason}; leave it out for a free one") from error
-    return port
 
 
 def _parser(name: str, example: str, kind: str) -> argparse.ArgumentParser:
@@ -497,33 +194,6 @@ def _parser(name: str, example: str, kind: str) -> argparse.ArgumentParser:
         help="how long to do without a SuperLink before giving up (default: %(default)g)",
     )
     return parser
-
-
-def _check_link(given: argparse.Namespace) -> Link:
-    """Check how the SuperLink is to be reached."""
-    host, _, port = given.superlink.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UserError(f"--superlink={given.superlink}: must be HOST:PORT, such as 10.0.0.5:8000")
-    if given.insecure and given.root_certificates:
-        raise UserError("--insecure and --root-certificates exclude each other; drop one")
-    if given.max_wait_time < 0:
-        raise UserError(f"--max-wait-time={given.max_wait_time:g}: must be 0 or more seconds")
-    certificates = given.root_certificates
-    if certificates:
-        certificates = _check_file("--root-certificates", certificates)
-        try:
-            ssl.create_default_context(cafile=certificates)
-        except ssl.SSLError as error:
-            raise UserError(
-                f"--root-certificates={certificates}: no certificate in PEM form"
-            ) from error
-    return Link(given.superlink, given.insecure, certificates)
-
-
-def _check_file(flag: str, file: Path) -> Path:
-    if not file.expanduser().is_file():
-        raise UserError(f"{flag}={file}: no such file")
-    return file.expanduser().resolve()
 
 
 def _guard(job: Callable[[], int]) -> int:

@@ -160,7 +160,7 @@ class Nodes:
     def _send_and_receive(self, messages: list[Message]) -> dict[str, Message]:
         """Send messages and collect replies by the ids of the messages.
 
-        The grid's own method looks for replies every three seconds only.
+        The grid's own method waits three seconds between two looks when it goes over HTTP.
         """
         waiting = {message_id for message_id in self.grid.push_messages(messages) if message_id}
         replies: dict[str, Message] = {}

@@ -89,8 +89,8 @@ def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
 
 
 def restore_dtypes(
-    arrays: Mapping[str, np.ndarray], state: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+    arrays: Mapping[str, np.ndarray], state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Give averages the dtypes of the model's state; counters are rounded."""
     result = {}
     for name, value in arrays.items():

@@ -26,7 +26,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from launch import environment, free_port  # noqa: E402
+from launch import environment  # noqa: E402
+from launch_checks import free_port  # noqa: E402
 from rundir import provenance  # noqa: E402
 
 ROUNDS = 2

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key, l
 
 from certificates import make_certificates
 from errors import UserError
-from launch import Link, Refused
+from link import Link, Refused
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from conftest import ROOT
 from PIL import Image
 
 from certificates import make_certificates
-from launch import free_port
+from launch_checks import free_port
 
 BIN = Path(sys.executable).parent
 TINY = ["train.local_epochs=1", "train.max_steps=2", "monitor.bank=100", "monitor.queries=50"]
@@ -114,7 +114,9 @@ class Place:
                 process.wait(15)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
-        deadline = time.monotonic() + 20
+        # A ServerApp without its SuperLink ends after Flower's back-off: each of its three
+        # threads waits up to 20 s, one after the other, and then 5 s for a graceful end.
+        deadline = time.monotonic() + 75
         while left := self.left_over():
             if time.monotonic() > deadline:
                 pytest.fail(f"still running: {left}")

@@ -8,17 +8,9 @@ import time
 import pytest
 
 from errors import UserError
-from launch import (
-    Link,
-    Watched,
-    await_link,
-    check_node_config,
-    check_port,
-    check_run_config,
-    environment,
-    free_port,
-    write_toml,
-)
+from launch import environment, write_toml
+from launch_checks import check_node_config, check_port, check_run_config, free_port
+from link import Link, Watched, await_link
 
 NOBODY = Link(f"127.0.0.1:{free_port()}", True, None)
 
@@ -80,7 +72,7 @@ def test_waiting_for_a_superlink_has_an_end(capsys):
 
 
 def test_a_silent_superlink_counts_as_not_there(monkeypatch):
-    monkeypatch.setattr("launch.PROBE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("link.PROBE_TIMEOUT_S", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -90,7 +82,7 @@ def test_a_silent_superlink_counts_as_not_there(monkeypatch):
 
 
 def test_a_process_without_its_superlink_is_given_up(monkeypatch):
-    monkeypatch.setattr("launch.PROBE_EVERY_S", 0.1)
+    monkeypatch.setattr("link.PROBE_EVERY_S", 0.1)
     node = python("import time; time.sleep(60)")
     try:
         with pytest.raises(RuntimeError, match=r"has been gone for 0.3 s"):

@@ -15,9 +15,20 @@ from config import flags_to_overrides, load_config
 # Who may import whom: a module imports only from lower levels, never its own.
 LEVELS = [
     {"environment", "errors"},
-    {"augment", "config", "model", "nodes", "resources", "rundir", "sources", "display", "wire"},
-    {"certificates", "features", "launch", "updates", "utils"},
-    {"client", "figures", "server", "test"},
+    {
+        "augment",
+        "config",
+        "display",
+        "link",
+        "model",
+        "nodes",
+        "resources",
+        "rundir",
+        "sources",
+        "wire",
+    },
+    {"certificates", "features", "launch_checks", "updates", "utils"},
+    {"client", "figures", "launch", "server", "test"},
     {"app", "main"},
 ]
 README = (ROOT / "README.md").read_text()
