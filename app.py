@@ -92,10 +92,14 @@ def open_servers_images(config: DictConfig) -> ImageSet | None:
 def log_round(row: Mapping[str, Any]) -> None:
     """Write a round's losses and failures to the run's log."""
     knn = f", kNN {row['knn']:.1%}" if row["knn"] is not None else ""
-    losses = f"train loss {row['train_loss']:.3f}, eval loss {row['eval_loss']:.3f}"
+    losses = f"train loss {row['train_loss']:.3f}"
+    if row["eval_loss"] is not None:
+        losses += f", eval loss {row['eval_loss']:.3f}"
     log.info("round %d: %s%s, %.1f s", row["round"], losses, knn, row["seconds"])
     for failure in row["failures"]:
         log.warning("  without client %d: %s", failure["partition"], failure["reason"])
+    for warning in row["warnings"]:
+        log.warning("  %s", warning)
 
 
 server = ServerApp()
@@ -110,14 +114,20 @@ def main(grid: Grid, context: Context) -> None:
     # Imported here: on SuperNodes every message starts a process that imports this module.
     from figures import draw_loss_graph
     from nodes import Nodes
+    from resume import reopen
     from rundir import RunDirectory
     from server import Federation
 
     config: DictConfig = OmegaConf.create(config_text(context))
     image_set = open_servers_images(config)
-    run = RunDirectory.create(Path(config.run_dir), config)
+    overrides = shlex.split(str(context.run_config.get("hydra-overrides", "")))
+    checkpoint = None
+    if config.resume is None:
+        run = RunDirectory.create(Path(config.run_dir), config, overrides)
+    else:
+        run, checkpoint = reopen(config, image_set, overrides, log.info)
     log.info("the run's directory is %s", run.path)
     nodes = Nodes.of(grid, config, log.info)
-    Federation(nodes, config, run, image_set, log_round).train()
+    Federation(nodes, config, run, image_set, log_round, checkpoint).train()
     draw_loss_graph(run.read_metrics(), run.path / "loss_graph.png", config.dataset.name)
     log.info("everything is in %s; python test.py evaluates it", run.path)

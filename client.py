@@ -3,7 +3,7 @@
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import Mod
 from omegaconf import DictConfig, OmegaConf
 from torch import Generator, Tensor
 
 from augment import Augmentation, make_augmentation
 from errors import UserError
+from health import measure_health
 from model import SimCLR, build_model, load_state, nt_xent
 from utils import (
     Images,
@@ -30,6 +32,7 @@ from utils import (
 from wire import pack_state, unpack_state
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+HEALTH_IMAGES = 512  # the effective rank depends on how many images it is measured on
 
 
 @dataclass(frozen=True)
@@ -171,10 +174,14 @@ def local_loss(
     generator: Generator,
     device: torch.device,
     dtype: torch.dtype,
-) -> float:
+) -> tuple[float, dict[str, float]]:
     """Compute the mean NT-Xent of held-out images in eval mode, in nats.
 
     Args: as of `local_train`. A last batch of one image joins its neighbour.
+
+    Returns:
+        The loss, and `measure_health` of the first images, at least 512 if
+        there are so many.
 
     Raises:
         ValueError: fewer than two images.
@@ -183,13 +190,18 @@ def local_loss(
         raise ValueError(f"a held-out loss needs at least 2 images, got {len(indices)}")
     model.eval()
     total = 0.0
+    first: list[Tensor] = []
+    second: list[Tensor] = []
     for rows in np.array_split(indices, max(1, len(indices) // batch_size)):
         batch = torch.from_numpy(images[np.sort(rows)]).to(device)
         views = augmentation.two_views(batch, generator)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             projections = model(views)
         total += float(nt_xent(projections, temperature)) * len(rows)
-    return total / len(indices)
+        if sum(map(len, first)) < HEALTH_IMAGES:
+            first.append(projections[: len(rows)])
+            second.append(projections[len(rows) :])
+    return total / len(indices), measure_health(torch.cat([*first, *second]))
 
 
 @dataclass(frozen=True)
@@ -200,21 +212,25 @@ class Identity:
         config_text: the run's configuration as YAML.
         partition: which of `num_partitions` parts of the data set it holds.
         data_path: its own folder of images instead; labels are not looked for.
+        on_its_own: nobody else has opened and checked its images before.
     """
 
     config_text: str
     partition: int
     num_partitions: int
     data_path: str | None = None
+    on_its_own: bool = True
 
 
-def make_client_app(identify: Callable[[Context], Identity]) -> ClientApp:
+def make_client_app(identify: Callable[[Context], Identity], mods: Sequence[Mod] = ()) -> ClientApp:
     """Build the ClientApp: the same for a simulated client and for a SuperNode.
 
     Args:
         identify: tells from a message's context who the client is.
+        mods: of Flower, such as those for differential privacy; they see every
+            message on its way in and out.
     """
-    app = ClientApp()
+    app = ClientApp(mods=list(mods))
     for register, answer in (
         (app.train(), train_reply),
         (app.evaluate(), evaluate_reply),
@@ -244,7 +260,8 @@ def simulated(config: DictConfig) -> Callable[[Context], Identity]:
 
     def identify(context: Context) -> Identity:
         node = context.node_config
-        return Identity(text, int(node["partition-id"]), int(node["num-partitions"]))
+        number, count = int(node["partition-id"]), int(node["num-partitions"])
+        return Identity(text, number, count, on_its_own=False)
 
     return identify
 
@@ -282,18 +299,19 @@ def open_site(config_text: str, num_partitions: int, data_path: str | None) -> S
 
 
 def _open_images(
-    config: DictConfig, num_partitions: int, data_path: str | None
+    config: DictConfig, num_partitions: int, data_path: str | None, verify: bool = False
 ) -> tuple[Images, list[np.ndarray]]:
     """Open a node's own folder, all of it, or the data set that is dealt out to all."""
+    places = (config.cache_dir, config.seed)
     spec = OmegaConf.to_container(config.dataset)
     if data_path is None:
         if spec["source"] == "imagefolder" and spec["path"] is None:
             raise UserError('this node has no images; put data-path="DIR" into its --node-config')
-        train = open_image_set(spec, config.cache_dir, config.seed).train
+        train = open_image_set(spec, *places, verify=verify).train
         return train, partition_rows(train, num_partitions, config.partition, config.seed)
     spec |= {"source": "imagefolder", "path": data_path, "labels": False}
     try:
-        train = open_image_set(spec, config.cache_dir, config.seed).train
+        train = open_image_set(spec, *places, verify=verify).train
     except UserError as error:
         raise UserError(str(error).replace("dataset.path", "data-path")) from error
     order = np.random.default_rng(derive_seed(config.seed, "partition"))
@@ -320,7 +338,10 @@ def _open(identity: Identity) -> tuple[Site, np.ndarray, np.ndarray]:
 
 
 def query_reply(identity: Identity, message: Message) -> Message:
-    """Answer which partition this client holds, once its images are open and enough."""
+    """Answer which partition this client holds, once its images are open, intact and enough."""
+    if identity.on_its_own:
+        config = OmegaConf.create(identity.config_text)
+        _open_images(config, identity.num_partitions, identity.data_path, verify=True)
     _open(identity)
     metrics = {"partition-id": identity.partition}
     return Message(RecordDict({METRICS: MetricRecord(metrics)}), reply_to=message)
@@ -359,7 +380,7 @@ def train_reply(identity: Identity, message: Message) -> Message:
 def evaluate_reply(identity: Identity, message: Message) -> Message:
     """Answer an evaluation message: the loss of the held-out images, same views every round."""
     site, _, rows = _prepare(identity, message)
-    loss = local_loss(
+    loss, health = local_loss(
         site.model,
         site.pixels,
         rows,
@@ -371,4 +392,5 @@ def evaluate_reply(identity: Identity, message: Message) -> Message:
         dtype=site.dtype,
     )
     metrics = {"partition-id": identity.partition, "num-examples": len(rows), "eval-loss": loss}
+    metrics |= health
     return Message(RecordDict({METRICS: MetricRecord(metrics)}), reply_to=message)

@@ -44,6 +44,8 @@ RANGES: dict[str, tuple] = {
     "min_nodes": (1, inf),
     "node_wait_s": (0, inf),
     "round_timeout_s": POSITIVE,
+    "min_results": (1, inf),
+    "max_step_ratio": (1, inf),
     "num_cpus": (1, inf),
     "num_gpus": (0, inf),
     "seed": (0, 2**31 - 1),
@@ -89,6 +91,8 @@ RANGES: dict[str, tuple] = {
 # Types of the values whose default is null.
 NULLABLE: dict[str, tuple[type, ...]] = {
     "min_nodes": (int,),
+    "max_step_ratio": (int, float),
+    "resume": (str,),
     "ray_address": (str,),
     "num_cpus": (int,),
     "num_gpus": (int, float),
@@ -286,7 +290,10 @@ def _check_range(
 
 
 def run_entry(
-    name: str, check: Callable[[DictConfig], object], job: Callable[[DictConfig], None]
+    name: str,
+    check: Callable[[DictConfig], object],
+    job: Callable[[DictConfig], None],
+    complete: Callable[[Sequence[str]], list[str]] = list,
 ) -> None:
     """Run a program: flags to overrides, every check of every job, then Hydra and the job.
 
@@ -294,8 +301,10 @@ def run_entry(
         name: of the configuration below conf/.
         check: raises UserError before any work starts.
         job: does the work; a UserError or RuntimeError ends it with one line.
+        complete: adds overrides that the given ones imply.
 
-    Exits with status 2 for what the user gave, 1 for what failed while running.
+    Exits with status 2 for what the user gave, 1 for what failed while running,
+    130 when interrupted.
     """
 
     @functools.wraps(job)
@@ -306,6 +315,7 @@ def run_entry(
     with _one_line():
         arguments = flags_to_overrides(sys.argv[1:])
         if not is_informative(arguments):
+            arguments = complete(arguments)
             for overrides in jobs_of(arguments):
                 check(load_config(name, overrides))
     sys.argv[1:] = arguments
@@ -323,3 +333,6 @@ def _one_line() -> Iterator[None]:
     except RuntimeError as error:
         print(f"failed: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt as error:
+        print(f"interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)
+        sys.exit(130)

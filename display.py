@@ -12,10 +12,16 @@ from tqdm import tqdm
 class RoundProgress:
     """A line for every finished round and, in a terminal, a bar with the time left."""
 
-    def __init__(self, num_rounds: int) -> None:
+    def __init__(self, num_rounds: int, done: int = 0) -> None:
+        """Start a display.
+
+        Args:
+            done: rounds of an earlier part of the run.
+        """
         self.num_rounds = num_rounds
         self.bar = tqdm(
             total=num_rounds,
+            initial=done,
             desc="  training",
             bar_format="{desc} |{bar:24}| {n_fmt}/{total_fmt} rounds, {elapsed} so far, "
             "{remaining} left",
@@ -27,7 +33,10 @@ class RoundProgress:
         self.clock = threading.Thread(target=self._tick, daemon=True)
 
     def __enter__(self) -> "RoundProgress":
-        tqdm.write(f"  {'round':>7}  {'train loss':>10}  {'eval loss':>9}  {'kNN':>7}  {'time':>8}")
+        tqdm.write(
+            f"  {'round':>7}  {'train loss':>10}  {'eval loss':>9}  {'rank':>5}  {'kNN':>7}  "
+            f"{'time':>8}"
+        )
         if not self.bar.disable:
             self.clock.start()
         return self
@@ -49,15 +58,22 @@ class RoundProgress:
     def show(self, row: Mapping[str, Any]) -> None:
         """Print a round's metrics line and move the bar."""
         place = f"{row['round']}/{self.num_rounds}"
-        knn = f"{row['knn']:7.1%}" if row["knn"] is not None else f"{'-':>7}"
         tqdm.write(
-            f"  {place:>7}  {row['train_loss']:10.3f}  {row['eval_loss']:9.3f}  {knn}  "
+            f"  {place:>7}  {row['train_loss']:10.3f}  {_cell(row['eval_loss'], '9.3f')}  "
+            f"{_cell(row['effective_rank'], '5.1f')}  {_cell(row['knn'], '7.1%')}  "
             f"{row['seconds']:6.1f} s"
         )
         for failure in row["failures"]:
             tqdm.write(f"           client {failure['partition']} failed: {failure['reason']}")
+        for warning in row["warnings"]:
+            tqdm.write(f"           warning: {warning}")
         sys.stdout.flush()
         self.bar.update()
+
+
+def _cell(value: float | None, form: str) -> str:
+    """Write a number, or a dash as wide."""
+    return format(value, form) if value is not None else "-".rjust(int(form.split(".")[0]))
 
 
 def print_results(result: Mapping[str, Any]) -> None:

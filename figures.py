@@ -4,6 +4,7 @@ python figures.py       # draws images/ again
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,9 @@ def draw_loss_graph(metrics: Sequence[Mapping[str, Any]], file: Path, dataset: s
         ("train_loss", "train", BLUE, "o"),
         ("eval_loss", "evaluation (held-out images)", ORANGE, "s"),
     ):
-        axes.plot(rounds, [line[key] for line in metrics], color=color, marker=marker, label=name)
-        clients = [[c[key] for c in line["clients"] if key in c] for line in metrics]
+        means = [math.nan if line[key] is None else line[key] for line in metrics]
+        axes.plot(rounds, means, color=color, marker=marker, label=name)
+        clients = [[c[key] for c in line["clients"] if key in c] or [math.nan] for line in metrics]
         low, high = [min(values) for values in clients], [max(values) for values in clients]
         axes.fill_between(rounds, low, high, color=color, alpha=0.15, linewidth=0)
     count = max(len(line["clients"]) for line in metrics)

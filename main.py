@@ -3,30 +3,37 @@
 python main.py
 python main.py --num_clients=10 --num_rounds 20
 python main.py dataset=cifar10 dataset.path=DIR
+python main.py resume=latest
 """
 
 import environment  # noqa: F401  isort: skip
 
 import logging
 from pathlib import Path
+from threading import Event
 
 import torch
 from flwr.app import Context
+from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from checkpoints import Checkpoint
 from client import make_client_app, simulated
 from config import run_entry
 from display import RoundProgress, print_results
 from errors import UserError
 from figures import draw_loss_graph
+from files import check_writable
 from model import build_model
 from nodes import Nodes
 from resources import ClientResources, find_machines, plan_resources
-from rundir import RunDirectory, check_writable
-from server import Federation, make_strategy
+from resume import check_continuation, find_run, reopen, with_earlier_overrides
+from rundir import RunDirectory
+from server import Federation
+from strategies import make_strategy
 from test import check_evaluable, evaluate_run
 from utils import (
     ImageSet,
@@ -56,6 +63,10 @@ def prepare(config: DictConfig) -> tuple[ClientResources, ImageSet]:
         raise UserError(
             f"min_nodes={config.min_nodes}: there are only num_clients={config.num_clients}"
         )
+    if config.min_results > config.num_clients:
+        raise UserError(
+            f"min_results={config.min_results}: there are only num_clients={config.num_clients}"
+        )
     check_writable(Path(config.run_dir))
     image_set = open_image_set(config.dataset, config.cache_dir, config.seed, report=print)
     parts = partition_rows(image_set.train, config.num_clients, config.partition, config.seed)
@@ -63,6 +74,8 @@ def prepare(config: DictConfig) -> tuple[ClientResources, ImageSet]:
         split_held_out(rows, config.held_out)
     if has_labels(image_set):
         check_evaluable(config.eval, image_set, config.seed)
+    if config.resume is not None:
+        check_continuation(config, find_run(config), image_set)
     return resources, image_set
 
 
@@ -72,12 +85,26 @@ def has_labels(image_set: ImageSet) -> bool:
 
 
 def simulate(
-    config: DictConfig, resources: ClientResources, image_set: ImageSet, run: RunDirectory
+    config: DictConfig,
+    resources: ClientResources,
+    image_set: ImageSet,
+    run: RunDirectory,
+    checkpoint: Checkpoint | None = None,
+    client_app: ClientApp | None = None,
 ) -> None:
-    """Train all rounds with Ray-backed virtual clients; the only call of the simulation."""
+    """Train all rounds with Ray-backed virtual clients; the only call of the simulation.
+
+    Args:
+        checkpoint: where to go on; None for the start.
+        client_app: instead of the ordinary one, to see what a faulty one does.
+    """
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # failures are shown by the round
     backend = {
-        "client_resources": {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus},
+        "client_resources": {  # Flower hands them on as the options of Ray's actors
+            "num_cpus": resources.num_cpus,
+            "num_gpus": resources.num_gpus,
+            "max_restarts": -1,  # a process that died comes back for the next client
+        },
         "init_args": {  # without effect where a cluster was joined
             "address": "local",  # never join somebody's cluster unasked
             "num_cpus": resources.num_cpus * resources.at_a_time,
@@ -86,16 +113,21 @@ def simulate(
             "log_to_driver": False,
         },
     }
-    with RoundProgress(config.num_rounds) as progress:
+    done = checkpoint.round if checkpoint else 0
+    stop = Event()
+    with RoundProgress(config.num_rounds, done) as progress:
         server_app = ServerApp()
 
         @server_app.main()
         def serve(grid: Grid, context: Context) -> None:
-            nodes = Nodes.of(grid, config)
-            Federation(nodes, config, run, image_set, progress.show).train()
+            nodes = Nodes.of(grid, config, stop=stop)
+            Federation(nodes, config, run, image_set, progress.show, checkpoint).train()
 
-        client_app = make_client_app(simulated(config))
-        run_simulation(server_app, client_app, config.num_clients, "ray", backend)
+        clients = client_app or make_client_app(simulated(config))
+        try:
+            run_simulation(server_app, clients, config.num_clients, "ray", backend)
+        finally:
+            stop.set()  # the server's thread would wait for clients that are gone
 
 
 def print_opening(config: DictConfig, resources: ClientResources, image_set: ImageSet) -> None:
@@ -129,7 +161,7 @@ def print_opening(config: DictConfig, resources: ClientResources, image_set: Ima
 def print_ending(config: DictConfig, run: RunDirectory, labelled: bool) -> None:
     """Say where everything lies and what to try next."""
     print(f"\nEverything is in {show_path(run.path)}")
-    names = [f.name + "/" * f.is_dir() for f in run.path.iterdir()]
+    names = [f.name + "/" * f.is_dir() for f in run.path.iterdir() if f.name[0] != "."]
     print("  " + ", ".join(sorted(n for n in names if not n.startswith("events."))))
     board = f"tensorboard --logdir {show_path(Path(config.output_dir))}"
     commands = {
@@ -151,19 +183,32 @@ def show_path(path: Path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
+def open_run(config: DictConfig, image_set: ImageSet) -> tuple[RunDirectory, Checkpoint | None]:
+    """Start a run's directory, or go back to where `resume` left off."""
+    given = HydraConfig.get().overrides.task
+    overrides = [o for o in given if not o.startswith(("resume=", "run_dir="))]
+    if config.resume is not None:
+        return reopen(config, image_set, overrides, print)
+    return RunDirectory.create(Path(HydraConfig.get().runtime.output_dir), config, overrides), None
+
+
 def train_and_evaluate(config: DictConfig) -> None:
     """Do the whole job in the run directory that Hydra made."""
     resources, image_set = prepare(config)
     config.num_cpus, config.num_gpus = resources.num_cpus, resources.num_gpus
     if config.dataset.path:  # the clients' processes may work elsewhere
         config.dataset.path = str(Path(config.dataset.path).expanduser().resolve())
-    run = RunDirectory.create(Path(HydraConfig.get().runtime.output_dir), config)
+    run, checkpoint = open_run(config, image_set)
     print_opening(config, resources, image_set)
     print(f"  directory  {show_path(run.path)}\n")
-    try:
-        simulate(config, resources, image_set, run)
-    except RuntimeError as error:
-        raise RuntimeError(f"{error}; what was done is in {show_path(run.path)}") from error
+    go_on = f"go on with: python main.py resume={show_path(run.path)}"
+    if checkpoint is None or checkpoint.round < config.num_rounds:
+        try:
+            simulate(config, resources, image_set, run, checkpoint)
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}; {go_on}") from error
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt(go_on) from interrupt
     draw_loss_graph(run.read_metrics(), run.path / "loss_graph.png", config.dataset.name)
     labelled = has_labels(image_set)
     if labelled:
@@ -174,4 +219,4 @@ def train_and_evaluate(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_entry("config", prepare, train_and_evaluate)
+    run_entry("config", prepare, train_and_evaluate, with_earlier_overrides)

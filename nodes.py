@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from threading import Event
 
 from flwr.app import Error, Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
@@ -48,6 +49,7 @@ class Nodes:
         wait_s: float,
         timeout_s: float,
         report: Callable[[str], None] = lambda line: None,
+        stop: Event | None = None,
     ) -> None:
         """Remember how patient to be.
 
@@ -56,7 +58,9 @@ class Nodes:
             wait_s: how long to wait for them.
             timeout_s: how long to wait for replies.
             report: told, in a line, of waiting and of nodes that come and go.
+            stop: set by another thread to end all waiting.
         """
+        self.stop = stop or Event()
         self.grid, self.min_nodes, self.report = grid, min_nodes, report
         self.wait_s, self.timeout_s = wait_s, timeout_s
         self.partition_of: dict[int, int] = {}
@@ -64,11 +68,15 @@ class Nodes:
 
     @classmethod
     def of(
-        cls, grid: Grid, config: DictConfig, report: Callable[[str], None] = lambda line: None
+        cls,
+        grid: Grid,
+        config: DictConfig,
+        report: Callable[[str], None] = lambda line: None,
+        stop: Event | None = None,
     ) -> "Nodes":
         """Be as patient as the configuration says; min_nodes=null means all clients."""
         min_nodes = config.min_nodes or config.num_clients
-        return cls(grid, min_nodes, config.node_wait_s, config.round_timeout_s, report)
+        return cls(grid, min_nodes, config.node_wait_s, config.round_timeout_s, report, stop)
 
     def get_node_ids(self) -> list[int]:
         """List the nodes of the current round that are not lost, by partition."""
@@ -100,7 +108,7 @@ class Nodes:
             if now >= next_report:
                 self.report(f"{have}; waiting at most {deadline - now:.0f} s for the others")
                 next_report = now + REPORT_EVERY_S
-            time.sleep(POLL_S if connected else 0.1)
+            self._pause(POLL_S if connected else 0.1)
 
     def _greet(self, strangers: list[int]) -> None:
         """Ask new nodes which partition they hold; they check their images meanwhile."""
@@ -170,8 +178,17 @@ class Nodes:
                 replies[reply.metadata.reply_to_message_id] = reply
             waiting -= replies.keys()
             if waiting:
-                time.sleep(REPLY_POLL_S)
+                self._pause(REPLY_POLL_S)
         return replies
+
+    def _pause(self, seconds: float) -> None:
+        """Sleep, unless or until somebody stops the waiting.
+
+        Raises:
+            RuntimeError: somebody did.
+        """
+        if self.stop.wait(seconds):
+            raise RuntimeError("stopped while waiting for clients")
 
 
 def explain(error: Error) -> str:
@@ -182,6 +199,8 @@ def explain(error: Error) -> str:
     if error.code == ErrorCode.NODE_UNAVAILABLE:
         return "its node is gone, no heartbeat any more"
     text = (error.reason or "no reason given").strip()
+    if "ActorDiedError" in text or "ActorUnavailableError" in text:
+        return "its process died, killed or for want of memory"
     if ":<'" in text:
         text = text.partition(":<'")[2].removesuffix("'>")
     return text.splitlines()[0]

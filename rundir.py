@@ -1,23 +1,30 @@
 """The directory of a run: the one place that writes what a run leaves behind."""
 
-import hashlib
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+from uuid import uuid4
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
+from checkpoints import list_checkpoints
 from errors import UserError
+from files import write_atomically
+
+fcntl = None
+with suppress(ImportError):  # there is none on Windows
+    import fcntl
 
 PACKAGES = ("flwr", "ray", "torch", "torchvision", "flwr-datasets", "scikit-learn")
 LATEST = "latest"
@@ -32,15 +39,48 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.results = path / "results.json"
         self.config = path / "config.yaml"
+        self.overrides = path / "overrides.yaml"
+        self._lock: IO[bytes] | None = None
 
     @classmethod
-    def create(cls, path: Path, config: DictConfig) -> "RunDirectory":
-        """Start a run's directory with its configuration; `latest` then points to it."""
-        run = cls(path.resolve())
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
-        write_atomically(run.config, OmegaConf.to_yaml(config, resolve=True).encode())
-        _point_latest(Path(config.output_dir).resolve() / LATEST, run.path)
+    def create(
+        cls, path: Path, config: DictConfig, overrides: Sequence[str] = ()
+    ) -> "RunDirectory":
+        """Start a run's directory with its configuration; `latest` then points to it.
+
+        A run that was started in the same second keeps the path; this one gets
+        a number behind it.
+
+        Args:
+            overrides: of the command line, which a resumed run starts from.
+        """
+        run = cls(_claim(path.resolve()))
+        run.lock()
+        run.write_config(config, overrides)
+        _point_latest(Path(config.output_dir).expanduser().resolve() / LATEST, run.path)
         return run
+
+    def lock(self) -> None:
+        """Keep other processes from going on with this run as long as this one lives.
+
+        Raises:
+            UserError: another process does already.
+        """
+        if fcntl is None or self._lock:
+            return
+        self._lock = (self.path / ".lock").open("wb")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"resume={self.path}: this run is still going on in another process; stop that "
+                "one, or wait for its end"
+            ) from error
+
+    def write_config(self, config: DictConfig, overrides: Sequence[str]) -> None:
+        """Write the resolved configuration, and the overrides that led to it."""
+        write_atomically(self.overrides, OmegaConf.to_yaml(list(overrides)).encode())
+        write_atomically(self.config, OmegaConf.to_yaml(config, resolve=True).encode())
 
     def load_config(self) -> DictConfig:
         """Read the configuration that the run was started with.
@@ -54,34 +94,31 @@ class RunDirectory:
             )
         return OmegaConf.load(self.config)
 
+    def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write metrics.jsonl, a line a round."""
+        write_atomically(self.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add a round's line to metrics.jsonl."""
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self.write_metrics([*self.read_metrics(), row])
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Read the lines of metrics.jsonl, one a round."""
+        """Read the lines of metrics.jsonl, one a round.
+
+        Raises:
+            UserError: a line is damaged.
+        """
         if not self.metrics.is_file():
             return []
-        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
-
-    def save_checkpoint(self, round_number: int, state: Mapping[str, Tensor], keep: int) -> None:
-        """Write the model after a round, then its JSON, then drop all but `keep` of them."""
-        data = save({name: tensor.contiguous() for name, tensor in state.items()})
-        file = self.checkpoints / f"round-{round_number:04d}.safetensors"
-        write_atomically(file, data)
-        facts = {"round": round_number, "sha256": hashlib.sha256(data).hexdigest()}
-        write_atomically(file.with_suffix(".json"), json.dumps(facts).encode())
-        for old in self.list_checkpoints()[:-keep]:
-            old.with_suffix(".json").unlink(missing_ok=True)
-            old.unlink(missing_ok=True)
-
-    def list_checkpoints(self) -> list[Path]:
-        """List the complete checkpoints, oldest first."""
-        files = sorted(self.checkpoints.glob("round-*.safetensors"))
-        return [file for file in files if file.with_suffix(".json").is_file()]
+        rows = []
+        for number, line in enumerate(self.metrics.read_bytes().splitlines(), start=1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise UserError(
+                    f"{self.metrics}: line {number} is damaged ({error}); take the line out"
+                ) from error
+        return rows
 
     def last_checkpoint(self) -> Path:
         """Find the newest checkpoint.
@@ -89,7 +126,7 @@ class RunDirectory:
         Raises:
             UserError: the run has none.
         """
-        files = self.list_checkpoints()
+        files = list_checkpoints(self.checkpoints)
         if not files:
             raise UserError(f"run={self.path}: no checkpoint; the run ended before its first round")
         return files[-1]
@@ -101,64 +138,33 @@ class RunDirectory:
 
     def add_result(self, result: Mapping[str, Any]) -> None:
         """Append an evaluation to results.json, which keeps them all."""
-        earlier = json.loads(self.results.read_text()) if self.results.is_file() else []
-        text = json.dumps([*earlier, result], indent=2)
+        text = json.dumps([*self.read_results(), result], indent=2)
         write_atomically(self.results, text.encode())
 
+    def read_results(self) -> list[dict[str, Any]]:
+        """Read the evaluations so far.
 
-def load_checkpoint(file: Path) -> tuple[dict[str, Tensor], int]:
-    """Read a checkpoint and the round it was made after.
-
-    Raises:
-        UserError: the file is missing, damaged, or no checkpoint.
-    """
-    where = f"checkpoint={file}"
-    if not file.is_file():
-        raise UserError(f"{where}: no such file; give a .safetensors below a run's checkpoints/")
-    beside = file.with_suffix(".json")
-    if not beside.is_file():
-        raise UserError(f"{where}: its {beside.name} is missing, so it is no complete checkpoint")
-    data = file.read_bytes()
-    try:
-        facts = json.loads(beside.read_text())
-        intact = hashlib.sha256(data).hexdigest() == facts["sha256"]
-        state = load(data) if intact else {}
-        round_number = int(facts["round"])
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{where}: not a checkpoint of this project ({error})") from error
-    if not intact:
-        raise UserError(f"{where}: truncated or damaged ({len(data)} bytes); use another round's")
-    return state, round_number
+        Raises:
+            UserError: the file is damaged.
+        """
+        if not self.results.is_file():
+            return []
+        try:
+            return list(json.loads(self.results.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"{self.results}: damaged ({error}); move it away and evaluate again"
+            ) from error
 
 
-def write_atomically(file: Path, data: bytes) -> None:
-    """Write a file under a temporary name, sync it, and rename it into place."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with temporary.open("wb") as out:
-        out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, file)
-
-
-def check_writable(directory: Path) -> None:
-    """Make sure that a run's directory can be made, leaving nothing behind.
-
-    Raises:
-        UserError: it can't be made or written.
-    """
-    existing = directory.absolute()
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    try:
-        probe = existing / f".writable-{os.getpid()}"
-        probe.mkdir()
-        probe.rmdir()
-    except OSError as error:
-        raise UserError(
-            f"output_dir={directory}: can't be written ({error.strerror}: {existing}); "
-            "choose another with output_dir=DIR"
-        ) from error
+def _claim(path: Path) -> Path:
+    """Make a directory for a run and no other: PATH, else PATH-2, PATH-3, ..."""
+    for place in chain([path], (path.with_name(f"{path.name}-{n}") for n in count(2))):
+        with suppress(FileExistsError):
+            place.mkdir(parents=True, exist_ok=True)  # Hydra makes it, too
+            (place / "checkpoints").mkdir()
+            break
+    return place
 
 
 def provenance() -> dict[str, Any]:
@@ -192,7 +198,7 @@ def _processor() -> str:
 
 
 def _point_latest(link: Path, run: Path) -> None:
-    temporary = link.with_name(f".{LATEST}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
+    temporary = link.with_name(f".{LATEST}.{uuid4().hex[:8]}")
+    link.parent.mkdir(parents=True, exist_ok=True)
     temporary.symlink_to(os.path.relpath(run, link.parent), target_is_directory=True)
     os.replace(temporary, link)

@@ -2,44 +2,35 @@
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, MessageType, MetricRecord, RecordDict
-from flwr.serverapp.strategy import FedAvg, FedAvgM
-from flwr.serverapp.strategy.fedopt import FedOpt
-from hydra.utils import instantiate
+from flwr.app import ConfigRecord, MessageType
 from omegaconf import DictConfig
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from errors import UserError
+from checkpoints import Checkpoint, save_checkpoint
 from features import extract_features, knn_accuracy
+from health import find_warnings
 from model import build_model, load_state
 from nodes import Nodes
 from rundir import RunDirectory
-from updates import Update, check_answers, client_rows, restore_dtypes, weighted_mean
-from utils import ImageSet, choose_device, choose_dtype, derive_seed
+from strategies import aggregate, combinable, make_strategy, remember, restore
+from updates import (
+    ARRAYS,
+    HEALTH,
+    Update,
+    check_answers,
+    check_steps,
+    client_rows,
+    weighted_mean,
+)
+from utils import ImageSet, choose_device, choose_dtype, derive_seed, name_some
 from wire import pack_state
 
-ARRAYS, METRICS = "arrays", "metrics"
+CURVES = ("train_loss", "eval_loss", "knn", "alignment", "uniformity", "effective_rank")
 OnRound = Callable[[Mapping[str, Any]], None]
-
-
-def make_strategy(spec: Mapping[str, Any]) -> FedAvg:
-    """Instantiate the strategy of the `strategy` section.
-
-    It starts with whatever nodes there are; waiting for them is our own.
-
-    Raises:
-        UserError: arguments that the strategy refuses.
-    """
-    try:
-        return instantiate(spec, min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
-    except Exception as error:  # Hydra wraps whatever the constructor raised
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise UserError(f"strategy: {spec['_target_']} refuses its arguments ({reason})") from error
 
 
 class Federation:
@@ -52,33 +43,56 @@ class Federation:
         run: RunDirectory,
         image_set: ImageSet | None,
         on_round: OnRound,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
-        """Build the global model and the strategy.
+        """Build the global model and the strategy, or put them back to a checkpoint.
 
         Args:
             image_set: for the kNN accuracy per round; None, or a set without
                 labels, leaves it out.
             on_round: called with the metrics line of every finished round.
+            checkpoint: of the last round that was done.
         """
         self.nodes, self.config, self.run, self.on_round = nodes, config, run, on_round
         self.image_set = image_set
+        self.images = image_set.content if image_set else None
         self.device = choose_device()
         self.model = build_model(config.model, config.dataset, config.seed, self.device)
         self.strategy = make_strategy(config.strategy)
-        self.events = SummaryWriter(str(run.path))
+        self.done = 0
+        if checkpoint:
+            load_state(self.model, checkpoint.state)
+            restore(self.strategy, checkpoint.server)
+            self.done = checkpoint.round
 
     def train(self) -> None:
-        """Run all rounds; leave checkpoints, metrics, events and the encoder."""
-        for round_number in range(1, self.config.num_rounds + 1):
-            row = self._round(round_number)
-            state = self.model.state_dict()
-            self.run.save_checkpoint(round_number, state, self.config.keep_checkpoints)
-            self.run.append_metrics(row)
-            for name in ("train_loss", "eval_loss", "knn"):
-                if row[name] is not None:
-                    self.events.add_scalar(name, row[name], round_number)
-            self.on_round(row)
-        self.events.close()
+        """Run the rounds that are left; leave checkpoints, metrics, events and the encoder.
+
+        Raises:
+            RuntimeError: too few clients, or files can't be written.
+        """
+        try:
+            with SummaryWriter(str(self.run.path), purge_step=self.done + 1) as events:
+                for round_number in range(self.done + 1, self.config.num_rounds + 1):
+                    row = self._round(round_number)
+                    self._keep(row)
+                    for name in CURVES:
+                        if row[name] is not None:
+                            events.add_scalar(name, row[name], round_number)
+                    self.on_round(row)
+            self._save_encoder()
+        except OSError as error:
+            raise RuntimeError(f"can't write to {self.run.path}: {error.strerror}") from error
+
+    def _keep(self, row: Mapping[str, Any]) -> None:
+        """Write a round's checkpoint, then its metrics line."""
+        state, memory = self.model.state_dict(), remember(self.strategy)
+        checkpoint = Checkpoint(row["round"], state, memory, row, self.images)
+        save_checkpoint(self.run.checkpoints, checkpoint, self.config.keep_checkpoints)
+        self.run.append_metrics(row)
+        self.done = row["round"]
+
+    def _save_encoder(self) -> None:
         facts = {
             "architecture": self.model.architecture,
             "stem": self.model.stem,
@@ -92,17 +106,22 @@ class Federation:
         self.nodes.gather()
         began = time.perf_counter()
         updates, failures = self._ask(round_number, MessageType.TRAIN)
-        self._aggregate(round_number, updates)
+        updates, far = self._check_steps(updates)
+        failures += far
+        self._require(round_number, updates, failures)
+        state = aggregate(self.strategy, round_number, updates, self.model)
+        load_state(self.model, state)
         trained = time.perf_counter()
         evaluations, eval_failures = self._ask(round_number, MessageType.EVALUATE)
         evaluated = time.perf_counter()
         knn = self._knn()
         ended = time.perf_counter()
-        return {
+        row = {
             "round": round_number,
             "train_loss": weighted_mean(updates, "train-loss"),
             "eval_loss": weighted_mean(evaluations, "eval-loss"),
             "knn": knn,
+            **{name.replace("-", "_"): weighted_mean(evaluations, name) for name in HEALTH},
             "seconds": round(ended - began, 3),
             "seconds_train": round(trained - began, 3),
             "seconds_evaluate": round(evaluated - trained, 3),
@@ -112,6 +131,7 @@ class Federation:
             "clients": client_rows(updates, evaluations),
             "failures": failures + eval_failures,
         }
+        return row | {"warnings": find_warnings(row)}
 
     def _ask(self, round_number: int, kind: str) -> tuple[list[Update], list[dict[str, Any]]]:
         """Send the model to the sampled clients; give their updates and the failures."""
@@ -123,52 +143,33 @@ class Federation:
             if kind == MessageType.TRAIN
             else self.strategy.configure_evaluate
         )
-        messages = list(configure(round_number, self._for_strategy(state), settings, self.nodes))
+        arrays = combinable(self.strategy, self.model, state)
+        messages = list(configure(round_number, arrays, settings, self.nodes))
         packed = pack_state(state)
         for message in messages:
             message.content[ARRAYS] = packed  # the whole model, whatever the strategy handles
         expected = state if kind == MessageType.TRAIN else None
-        updates, failures = check_answers(
-            self.nodes.ask(messages), self.nodes.partition_of, expected
-        )
-        if not updates:
-            reasons = "; ".join(f"client {f['partition']}: {f['reason']}" for f in failures)
-            raise RuntimeError(f"round {round_number}: no client could {kind} ({reasons})")
-        return updates, failures
+        return check_answers(self.nodes.ask(messages), self.nodes.partition_of, expected)
+
+    def _check_steps(self, updates: list[Update]) -> tuple[list[Update], list[dict[str, Any]]]:
+        names = [name for name, _ in self.model.named_parameters()]
+        state = self.model.state_dict()
+        return check_steps(updates, state, names, self.config.max_step_ratio or 0)
+
+    def _require(
+        self, round_number: int, updates: Sequence[Update], failures: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Make sure that enough clients came back for an average."""
+        needed = self.config.min_results
+        if len(updates) < needed:
+            reasons = name_some([f"client {f['partition']}: {f['reason']}" for f in failures])
+            raise RuntimeError(
+                f"round {round_number}: {len(updates)} of {len(updates) + len(failures)} clients "
+                f"came back, min_results={needed} are needed ({reasons})"
+            )
 
     def _model_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.model.state_dict().values())
-
-    def _for_strategy(self, state: Mapping[str, Tensor]) -> ArrayRecord:
-        """Keep what the strategy may combine: floats, and for server optimizers parameters.
-
-        An optimizer's step would push BatchNorm's running variance below zero;
-        counters would swamp the distances of Krum.
-        """
-        if isinstance(self.strategy, FedOpt | FedAvgM):
-            names = [name for name, _ in self.model.named_parameters()]
-        else:
-            own = self.model.state_dict()
-            names = [name for name, tensor in own.items() if tensor.is_floating_point()]
-        return ArrayRecord({name: state[name] for name in names})  # strategies pair by position
-
-    def _aggregate(self, round_number: int, updates: list[Update]) -> None:
-        """Load the strategy's result, and the average of what it does not handle."""
-        weights = np.array([update.num_examples for update in updates], dtype=np.float64)
-        weights /= weights.sum()
-        own = self.model.state_dict()
-        combined = self._for_strategy(own)
-        result = {}
-        for name in own.keys() - combined.keys():
-            stack = np.stack([update.state[name].numpy() for update in updates])
-            result[name] = np.tensordot(weights, stack, axes=1)
-        for update in updates:
-            metrics = MetricRecord({"num-examples": update.num_examples})
-            kept = self._for_strategy(update.state)
-            update.message.content = RecordDict({ARRAYS: kept, METRICS: metrics})
-        arrays, _ = self.strategy.aggregate_train(round_number, [u.message for u in updates])
-        result |= {name: array.numpy() for name, array in (arrays or {}).items()}
-        load_state(self.model, restore_dtypes(result, own))
 
     def _knn(self) -> float | None:
         """Classify some training images by others with the frozen encoder."""

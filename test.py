@@ -25,12 +25,13 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from augment import Augmentation, make_augmentation
+from checkpoints import load_checkpoint
 from config import run_entry
 from display import print_results
 from errors import UserError
 from features import extract_features, knn_accuracy
 from model import SimCLR, build_model, load_state
-from rundir import RunDirectory, load_checkpoint, provenance
+from rundir import RunDirectory, provenance
 from utils import ImageSet, choose_device, choose_dtype, derive_seed, generator_for, open_image_set
 
 PROTOCOL = (
@@ -280,15 +281,15 @@ def load_trained(config: DictConfig, checkpoint: Path, device: torch.device) -> 
         UserError: a damaged checkpoint, or one of another architecture.
     """
     model = build_model(config.model, config.dataset, config.seed, device)
-    state, round_number = load_checkpoint(checkpoint)
+    loaded = load_checkpoint(checkpoint)
     try:
-        load_state(model, state)
+        load_state(model, loaded.state)
     except ValueError as error:
         raise UserError(
             f"checkpoint={checkpoint}: of another architecture than {config.model.encoder} "
             f"with stem {model.stem} ({error}); evaluate it with its own run"
         ) from error
-    return model, round_number
+    return model, loaded.round
 
 
 def evaluate_run(

@@ -1,29 +1,43 @@
 """What clients send back: checked before it may touch the global model."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from nodes import Answer
 from wire import unpack_state
 
 ARRAYS, METRICS = "arrays", "metrics"
+HEALTH = ("alignment", "uniformity", "effective-rank")
+TRAINED = ("num-examples", "train-loss", "images", "images-per-second")
+EVALUATED = ("num-examples", "eval-loss", *HEALTH)
+MAX_EXAMPLES = 2**40  # more images than any client holds
 
 
 @dataclass(frozen=True)
 class Update:
-    """A client's usable reply; the state is empty where an evaluation was asked for."""
+    """A client's usable reply.
+
+    Attributes:
+        num_examples: images that it trained or evaluated on.
+        state: of its model; empty where an evaluation was asked for.
+        step: Euclidean length of the way from the global parameters to its own.
+        cosine: between its step and the sum of the others' steps.
+    """
 
     partition: int
     num_examples: int
     metrics: Mapping[str, float]
     state: Mapping[str, Tensor]
     message: Message
+    step: float = 0.0
+    cosine: float | None = None
 
 
 def check_answers(
@@ -59,15 +73,35 @@ def read_update(partition: int, reply: Message, expected: Mapping[str, Tensor] |
     Raises:
         ValueError: what is wrong with it.
     """
-    metrics = reply.content[METRICS]
-    num_examples = int(metrics["num-examples"])
-    if num_examples < 1:
-        raise ValueError(f"num-examples is {num_examples}")
+    wanted = EVALUATED if expected is None else TRAINED
+    metrics = _read_metrics(reply.content, wanted)
+    num_examples = metrics["num-examples"]
+    if num_examples != int(num_examples) or not 1 <= num_examples <= MAX_EXAMPLES:
+        raise ValueError(f"num-examples is {num_examples:g}")
     state: Mapping[str, Tensor] = {}
     if expected is not None:
-        state = unpack_state(reply.content[ARRAYS])
+        arrays = reply.content.get(ARRAYS)
+        if not isinstance(arrays, ArrayRecord):
+            raise ValueError("the reply holds no arrays")
+        state = unpack_state(arrays)
         check_state(state, expected)
-    return Update(partition, num_examples, metrics, state, reply)
+    return Update(partition, int(num_examples), metrics, state, reply)
+
+
+def _read_metrics(content: RecordDict, wanted: Sequence[str]) -> dict[str, float]:
+    """Read metrics that must be there and be finite numbers."""
+    metrics = content.get(METRICS)
+    if not isinstance(metrics, MetricRecord):
+        raise ValueError("the reply holds no metrics")
+    found = {}
+    for name in wanted:
+        value = metrics.get(name)
+        if not isinstance(value, int | float):
+            raise ValueError(f"{name} is {'missing' if value is None else 'no number'}")
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}")
+        found[name] = float(value)
+    return found
 
 
 def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -86,6 +120,79 @@ def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
             raise ValueError(f"array {name!r} has dtype {tensor.dtype}")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"array {name!r} is not finite")
+        if name.endswith("running_var") and (tensor < 0).any():
+            raise ValueError(f"array {name!r} holds negative variances")
+
+
+def check_steps(
+    updates: Sequence[Update], state: Mapping[str, Tensor], names: Sequence[str], max_ratio: float
+) -> tuple[list[Update], list[dict[str, Any]]]:
+    """Leave out updates that lie absurdly far from the global model.
+
+    An update's step is the Euclidean length of its way from the global
+    parameters. It may be at most `max_ratio` times the length of the parameters
+    themselves and, among three updates or more, `max_ratio` times the median;
+    the latter holds for BatchNorm's statistics, too.
+
+    Args:
+        state: of the global model.
+        names: of its parameters.
+        max_ratio: 0 accepts any step.
+
+    Returns:
+        The updates, each with its step and the cosine of the angle between its
+        step and the sum of the others', and the failures.
+    """
+    weights = {name: state[name].cpu() for name in names}
+    statistics = {
+        name: tensor.cpu()
+        for name, tensor in state.items()
+        if tensor.is_floating_point() and name not in weights
+    }
+    steps, limit = _measure_steps(updates, weights)
+    shifts, shift_limit = _measure_steps(updates, statistics)
+    limit = min(limit, math.hypot(*(float(tensor.norm()) for tensor in weights.values())))
+    kept, failures = [], []
+    for update, step, shift in zip(updates, steps, shifts, strict=True):
+        for what, length, usual in (("weights", step, limit), ("statistics", shift, shift_limit)):
+            if max_ratio and length > max_ratio * usual:
+                reason = f"its {what} moved by {length:.3g}, over {max_ratio:g} times {usual:.3g}"
+                failures.append({"partition": update.partition, "reason": reason})
+                break
+        else:
+            kept.append(replace(update, step=step))
+    cosines = _compare_steps(kept, weights)
+    measured = zip(kept, cosines, strict=True)
+    return [replace(update, cosine=cosine) for update, cosine in measured], failures
+
+
+def _measure_steps(
+    updates: Sequence[Update], start: Mapping[str, Tensor]
+) -> tuple[list[float], float]:
+    """Give the lengths of all steps, and their median, infinite of fewer than three."""
+    lengths = [
+        math.hypot(*(float((update.state[name] - start[name]).norm()) for name in start))
+        for update in updates
+    ]
+    return lengths, float(np.median(lengths)) if len(lengths) > 2 else math.inf
+
+
+def _compare_steps(updates: Sequence[Update], start: Mapping[str, Tensor]) -> list[float | None]:
+    """Give the cosine between each step and the sum of the others; None where one is nothing."""
+    onto_sum = np.zeros(len(updates))  # products of each step with the sum of all
+    sum_squared = 0.0
+    for name, tensor in start.items():
+        steps = [(update.state[name] - tensor).flatten() for update in updates]
+        total = sum(steps, torch.zeros(tensor.numel()))
+        onto_sum += [float(step @ total) for step in steps]
+        sum_squared += float(total @ total)
+    cosines: list[float | None] = []
+    for update, product in zip(updates, onto_sum, strict=True):
+        squared = update.step**2
+        others = math.sqrt(max(0.0, sum_squared - 2 * product + squared))
+        scale = update.step * others
+        cosines.append((product - squared) / scale if scale > 0 else None)
+    return cosines
 
 
 def restore_dtypes(
@@ -100,8 +207,10 @@ def restore_dtypes(
     return result
 
 
-def weighted_mean(updates: list[Update], key: str) -> float:
-    """Average a metric over clients, weighted by their samples."""
+def weighted_mean(updates: list[Update], key: str) -> float | None:
+    """Average a metric over clients, weighted by their samples; None without clients."""
+    if not updates:
+        return None
     weights = [update.num_examples for update in updates]
     return float(np.average([update.metrics[key] for update in updates], weights=weights))
 
@@ -114,6 +223,8 @@ def client_rows(updates: list[Update], evaluations: list[Update]) -> list[dict[s
             "partition": update.partition,
             "num_examples": update.num_examples,
             "train_loss": update.metrics["train-loss"],
+            "step": update.step,
+            "cosine": update.cosine,
             "images": int(update.metrics["images"]),
             "images_per_second": update.metrics["images-per-second"],
         }

@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,9 +19,10 @@ import torch
 
 import sources
 from errors import UserError
+from files import sync_folder, write_atomically
 from sources import Encoded, Source, decode
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 DECODE_BATCH = 1024
 MAX_NAMES = 5  # of unreadable files, in messages
 
@@ -44,6 +46,7 @@ class ImageSet:
         class_names: empty without labels.
         unreadable: names of files that could not be decoded and were left out.
         key: names the cache entry; equal keys mean equal contents.
+        content: SHA-256 of the training images' pixels.
     """
 
     train: Images
@@ -51,10 +54,15 @@ class ImageSet:
     class_names: list[str]
     unreadable: list[str]
     key: str
+    content: str
 
 
 def open_image_set(
-    spec: Mapping[str, Any], cache_dir: str, seed: int, report: Report = lambda line: None
+    spec: Mapping[str, Any],
+    cache_dir: str,
+    seed: int,
+    report: Report = lambda line: None,
+    verify: bool = True,
 ) -> ImageSet:
     """Open an image set, decoding it into the cache the first time.
 
@@ -67,6 +75,8 @@ def open_image_set(
         cache_dir: where decoded images are kept; ~ is the home directory.
         seed: decides the test split where the source has none.
         report: told, in one line, of work that takes long.
+        verify: compare the cache with its checksums, and build it again where
+            they differ; that reads all of it.
 
     Raises:
         UserError: the data can't be found or read, or the cache not written.
@@ -83,9 +93,32 @@ def open_image_set(
         raise UserError(f"dataset.path={spec['path']}: {kind}; give a folder with images")
     key = _cache_key(spec, path, seed)
     entry = Path(cache_dir).expanduser() / key
-    if not (entry / "meta.json").is_file():
+    damage = find_damage(entry) if verify and entry.is_dir() else None
+    if damage:
+        report(f"The cache {entry} is damaged ({damage}) and is built again.")
+    if damage or not entry.is_dir():
         _build_cache(entry, spec, path, seed, report)
     return _open_cache(entry)
+
+
+def find_damage(entry: Path) -> str | None:
+    """Compare a cache entry with its checksums; say what is wrong with it, if anything."""
+    try:
+        meta = json.loads((entry / "meta.json").read_bytes())
+        own_digest = meta.pop("sha256")
+        if _digest_of(meta) != own_digest:
+            return "meta.json differs from its checksum"
+        for name, digest in meta["files"].items():
+            with (entry / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    return f"{name} differs from its checksum"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _digest_of(meta: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _cache_key(spec: Mapping[str, Any], path: Path | None, seed: int) -> str:
@@ -140,19 +173,38 @@ def _build_cache(
             "image_size": spec["image_size"],
             "class_names": source.class_names,
             "unreadable": unreadable,
+            "files": {file.name: _sync(file) for file in sorted(built.iterdir())},
         }
-        (built / "meta.json").write_text(json.dumps(meta))
-        try:
-            os.rename(built, entry)
-        except OSError:
-            if not (entry / "meta.json").is_file():  # else another process was faster
-                raise
+        text = json.dumps(meta | {"sha256": _digest_of(meta)})
+        write_atomically(built / "meta.json", text.encode())
+        _put_in_place(built, entry, scratch / "damaged")
     except OSError as error:
         raise UserError(
             f"cache_dir={entry.parent}: can't be written ({error}); free space or choose another"
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _sync(file: Path) -> str:
+    """Make a file survive a power cut; give its SHA-256."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _put_in_place(built: Path, entry: Path, aside: Path) -> None:
+    """Rename a finished entry into place, unless another process was faster."""
+    for _ in range(3):
+        try:
+            os.rename(built, entry)
+            return sync_folder(entry.parent)
+        except OSError:
+            if find_damage(entry) is None:
+                return None
+            with suppress(OSError):
+                os.rename(entry, aside)
+    raise OSError(f"{entry} is in the way")
 
 
 def _read_source(spec: Mapping[str, Any], path: Path | None, seed: int, scratch: Path) -> Source:
@@ -187,8 +239,6 @@ def _write_pixels(
                     out.write(pixels.tobytes())
                     kept.append(row)
                 row += 1
-        out.flush()
-        os.fsync(out.fileno())
     return kept
 
 
@@ -199,17 +249,22 @@ def name_some(names: list[str]) -> str:
 
 
 def _open_cache(entry: Path) -> ImageSet:
-    meta = json.loads((entry / "meta.json").read_text())
-    side = meta["image_size"]
+    try:
+        meta = json.loads((entry / "meta.json").read_bytes())
+        side = meta["image_size"]
 
-    def images(name: str) -> Images:
-        shape = (meta["sizes"][name], 3, side, side)
-        pixels = np.memmap(entry / f"{name}.pixels", dtype=np.uint8, mode="r", shape=shape)
-        labels = entry / f"{name}.labels.npy"
-        return Images(pixels, np.load(labels) if labels.is_file() else None)
+        def images(name: str) -> Images:
+            shape = (meta["sizes"][name], 3, side, side)
+            pixels = np.memmap(entry / f"{name}.pixels", dtype=np.uint8, mode="r", shape=shape)
+            labels = entry / f"{name}.labels.npy"
+            return Images(pixels, np.load(labels) if labels.is_file() else None)
 
-    test = images("test") if "test" in meta["sizes"] else None
-    return ImageSet(images("train"), test, meta["class_names"], meta["unreadable"], entry.name)
+        test = images("test") if "test" in meta["sizes"] else None
+        names, unreadable = meta["class_names"], meta["unreadable"]
+        content = meta["files"]["train.pixels"]
+        return ImageSet(images("train"), test, names, unreadable, entry.name, content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the cache {entry} is damaged ({error}); delete it") from error
 
 
 def partition_rows(

@@ -30,9 +30,9 @@ def unpack_state(arrays: ArrayRecord) -> dict[str, Tensor]:
     if list(arrays) != [PACKED]:
         raise ValueError(f"arrays {sorted(arrays)[:3]} instead of {PACKED!r}")
     try:
-        data = arrays[PACKED].numpy()
-        if data.dtype != np.uint8 or data.ndim != 1:
-            raise ValueError(f"{PACKED!r} holds {data.dtype} {data.shape}, not bytes")
-        return load(data.tobytes())
-    except (SafetensorError, TypeError, EOFError) as error:
+        data = arrays[PACKED].numpy()  # refuses pickled objects
+        if data.dtype == np.uint8 and data.ndim == 1:
+            return load(data.tobytes())
+    except (SafetensorError, TypeError, ValueError, EOFError) as error:
         raise ValueError(f"{PACKED!r} can't be read ({error})") from error
+    raise ValueError(f"{PACKED!r} holds {data.dtype} {data.shape}, not bytes")

@@ -7,7 +7,11 @@ compares its wall time, up to the trained encoder, with the time that the client
 spent in local training, which they report themselves, divided by the number of
 clients that run at a time. Meanwhile the resident and the proportional memory of
 every client process is sampled; shared pages, such as those of the image cache,
-count once in the latter.
+count once in the latter. Of all processes together, the main one included, the
+median of the anonymous memory (their own, no files) is given for every round.
+
+    python benchmarks/simulation.py --path cifar10-parquet num_clients=1000 \\
+        strategy.fraction_train=0.01 strategy.fraction_evaluate=0.01 num_rounds=20
 """
 
 import argparse
@@ -17,6 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 from omegaconf import OmegaConf
 
@@ -53,6 +58,20 @@ def client_memory() -> list[dict[str, float]]:
     return found
 
 
+def own_memory(main_pid: int) -> float:
+    """Add up the anonymous memory of the main process and the clients', in MB."""
+    total = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            is_client = b"ClientAppActor" in (folder / "cmdline").read_bytes()
+            if is_client or int(folder.name) == main_pid:
+                lines = (folder / "status").read_text().splitlines()
+                total += sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+        except OSError:
+            continue
+    return total / 1e3
+
+
 def main() -> None:
     """Run the simulation, compare, print, and write everything with its provenance."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -60,6 +79,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as train.max_steps=20")
     given = parser.parse_intermixed_args()
+    measured = provenance()
     with tempfile.TemporaryDirectory() as folder:
         command = ["main.py", "dataset=cifar10", f"dataset.path={given.path}", *given.overrides]
         began = time.perf_counter()
@@ -68,9 +88,12 @@ def main() -> None:
         )
         metrics = Path(folder, "latest", "metrics.jsonl")
         memory: list[dict[str, float]] = []
+        own: dict[int, list[float]] = {}
         trained = None
         while run.poll() is None:
             memory += client_memory()
+            done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+            own.setdefault(done + 1, []).append(own_memory(run.pid))
             if trained is None and Path(folder, "latest", "encoder.safetensors").exists():
                 trained = time.perf_counter() - began
             time.sleep(SAMPLE_EVERY_S)
@@ -90,7 +113,8 @@ def main() -> None:
         "overhead_s": trained - local / processes,
         "ratio": trained / (local / processes),
         "peak_client_mb": {k: max(m[k] for m in memory) for k in ("rss", "pss", "cache_rss")},
-        "measured": provenance(),
+        "own_mb_by_round": [round(median(own[n])) for n in sorted(own) if n <= len(rows)],
+        "measured": measured,
     }
     print(json.dumps({k: v for k, v in result.items() if k != "measured"}, indent=2))
     if given.out:

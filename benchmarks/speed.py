@@ -272,7 +272,7 @@ def main() -> None:
     given = parser.parse_args()
     base = ["dataset=cifar10", f"dataset.path={given.path}"]
     config = load_config("config", base)
-    device, workers = choose_device(), count_cores()
+    device, workers, measured = choose_device(), count_cores(), provenance()
     torch.set_num_threads(workers)
     pixels = np.array(open_image_set(config.dataset, config.cache_dir, 0).train.pixels)
     augmentation = compare_augmentations(config, pixels, device, workers)
@@ -301,7 +301,7 @@ def main() -> None:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         command = f"python benchmarks/speed.py --path DIR --seconds {given.seconds:g}"
         result = {"command": command, "augmentation": augmentation, "rows": rows}
-        result |= {"precision": str(choose_dtype("auto", device)), "measured": provenance()}
+        result |= {"precision": str(choose_dtype("auto", device)), "measured": measured}
         given.out.write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -60,7 +60,7 @@ def distance(model, other):
 
 
 def held_out_loss(config, digits, model, seed=0):
-    return local_loss(
+    loss, _ = local_loss(
         model,
         digits.train.pixels,
         np.arange(200, 280),
@@ -71,6 +71,7 @@ def held_out_loss(config, digits, model, seed=0):
         device=CPU,
         dtype=torch.float32,
     )
+    return loss
 
 
 def test_training_lowers_the_loss_of_unseen_images(config, digits, train):

@@ -161,9 +161,10 @@ def test_the_four_commands_give_the_numbers_of_the_simulation(place):
     assert place.end("server", 180) == 0, place.all_logs()
     assert "everything is in" in place.log("server")
     federated, run = place.rounds(), (place.outputs / "latest").resolve()
-    names = {file.name for file in run.iterdir() if not file.name.startswith("events.")}
+    names = {file.name for file in run.iterdir() if not file.name.startswith(("events.", "."))}
     assert names == {
-        *("checkpoints", "config.yaml", "encoder.safetensors", "loss_graph.png", "metrics.jsonl")
+        *("checkpoints", "config.yaml", "encoder.safetensors", "loss_graph.png"),
+        *("metrics.jsonl", "overrides.yaml"),
     }
     assert not (place.home / ".flwr" / "config.toml").exists()  # the user's configuration
     place.stop_all()

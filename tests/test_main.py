@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 import main as program
 import test as evaluation
 from config import run_entry
+from resume import with_earlier_overrides
 
 SMALL = [
     "--num_clients=2",
@@ -81,6 +82,7 @@ def test_every_promised_file_is_there(finished):
     run = (finished[0] / "latest").resolve()
     names = {file.name for file in run.iterdir()}
     promised = {"config.yaml", "metrics.jsonl", "results.json", "encoder.safetensors"}
+    promised |= {"overrides.yaml"}
     assert promised | {"checkpoints", "loss_graph.png"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     graph = matplotlib.image.imread(run / "loss_graph.png")
@@ -230,7 +232,7 @@ def enter(monkeypatch, capsys, name, check, arguments):
 
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as exit_:
-        run_entry(name, check, job)
+        run_entry(name, check, job, with_earlier_overrides if name == "config" else list)
     return exit_.value.code, capsys.readouterr().err
 
 
@@ -258,6 +260,10 @@ def enter(monkeypatch, capsys, name, check, arguments):
         (["--multirun", "num_clients=2,0"], "num_clients=0"),
         (["output_dir=/dev/null/x"], "can't be written"),
         (["cache_dir=/dev/null/x"], "can't be written"),
+        (["--min_results=6"], "there are only num_clients=5"),
+        (["--max_step_ratio=0.5"], "at least 1"),
+        (["resume=/nowhere"], "no run at /nowhere"),
+        (["--multirun", "resume=/nowhere", "seed=1,2"], "goes on with one run"),
     ],
 )
 def test_bad_input_gets_one_line_and_status_2(monkeypatch, capsys, cache_dir, arguments, message):

@@ -14,21 +14,12 @@ from config import flags_to_overrides, load_config
 
 # Who may import whom: a module imports only from lower levels, never its own.
 LEVELS = [
-    {"environment", "errors"},
-    {
-        "augment",
-        "config",
-        "display",
-        "link",
-        "model",
-        "nodes",
-        "resources",
-        "rundir",
-        "sources",
-        "wire",
-    },
-    {"certificates", "features", "launch_checks", "updates", "utils"},
-    {"client", "figures", "launch", "server", "test"},
+    {"environment", "errors", "health"},
+    {"augment", "config", "display", "files", "link", "model", "nodes", "resources", "sources"}
+    | {"wire"},
+    {"certificates", "checkpoints", "features", "launch_checks", "updates", "utils"},
+    {"client", "figures", "launch", "rundir", "strategies"},
+    {"resume", "server", "test"},
     {"app", "main"},
 ]
 README = (ROOT / "README.md").read_text()

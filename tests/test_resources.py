@@ -12,7 +12,9 @@ from resources import Machine, find_machines, plan_resources
     ("asked", "machine", "expected"),
     [
         # (clients, cpus, gpus), (cores, gpus) -> (cpus, gpus, at a time)
-        ((5, None, None), (2, 0), (1, 0, 2)),
+        ((5, None, None), (2, 0), (2, 0, 1)),
+        ((6, None, None), (2, 0), (1, 0, 2)),
+        ((5, None, None), (8, 0), (1, 0, 5)),
         ((5, None, None), (16, 0), (3, 0, 5)),
         ((5, 2, None), (2, 0), (2, 0, 1)),
         ((2, 2, 0), (16, 1), (2, 0, 2)),

@@ -4,69 +4,13 @@ import pytest
 import torch
 
 from errors import UserError
-from rundir import RunDirectory, check_writable, load_checkpoint, provenance, write_atomically
+from files import check_writable, write_atomically
+from rundir import RunDirectory, provenance
 
 
 @pytest.fixture
 def run(tmp_path, config):
     return RunDirectory.create(tmp_path / "day" / "one", config)
-
-
-@pytest.fixture
-def state():
-    return {"weight": torch.randn(3, 4), "count": torch.tensor(7)}
-
-
-def test_a_checkpoint_comes_back_with_its_bytes_and_round(run, state):
-    run.save_checkpoint(12, state, keep=1)
-    loaded, round_number = load_checkpoint(run.last_checkpoint())
-    assert round_number == 12
-    assert loaded.keys() == state.keys()
-    for name, tensor in state.items():
-        assert loaded[name].dtype == tensor.dtype
-        assert torch.equal(loaded[name], tensor)
-
-
-def test_the_last_few_checkpoints_stay(run, state):
-    for number in range(1, 13):
-        run.save_checkpoint(number, state, keep=3)
-    names = sorted(file.name for file in run.checkpoints.iterdir())
-    assert names == [
-        f"round-{number:04d}.{ending}"
-        for number in (10, 11, 12)
-        for ending in ("json", "safetensors")
-    ]
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        ("missing", "no such file"),
-        ("truncated", "truncated or damaged"),
-        ("flipped", "truncated or damaged"),
-        ("no json", "json is missing"),
-        ("bad json", "not a checkpoint"),
-    ],
-)
-def test_a_damaged_checkpoint_gets_one_line(run, state, damage, message):
-    run.save_checkpoint(1, state, keep=1)
-    file = run.last_checkpoint()
-    data = bytearray(file.read_bytes())
-    if damage == "missing":
-        file.unlink()
-    elif damage == "truncated":
-        file.write_bytes(data[: len(data) // 2])
-    elif damage == "flipped":
-        data[-3] ^= 1
-        file.write_bytes(data)
-    elif damage == "no json":
-        file.with_suffix(".json").unlink()
-    else:
-        file.with_suffix(".json").write_text("{")
-    with pytest.raises(UserError, match=message) as error:
-        load_checkpoint(file)
-    assert str(file) in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_a_run_without_checkpoints_says_so(run):
@@ -95,10 +39,32 @@ def test_results_are_kept_side_by_side(run):
 def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
     file = tmp_path / "file"
     write_atomically(file, b"old")
-    monkeypatch.setattr("rundir.os.fsync", lambda descriptor: 1 / 0)
+    monkeypatch.setattr("files.os.fsync", lambda descriptor: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_atomically(file, b"new")
     assert file.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_runs_of_the_same_second_get_directories_of_their_own(tmp_path, config):
+    runs = [RunDirectory.create(tmp_path / "12-00-00", config) for _ in range(3)]
+    assert [run.path.name for run in runs] == ["12-00-00", "12-00-00-2", "12-00-00-3"]
+    assert all(run.config.is_file() for run in runs)
+
+
+def test_a_damaged_metrics_line_is_named(run):
+    run.append_metrics({"round": 1})
+    run.append_metrics({"round": 2})
+    run.metrics.write_bytes(run.metrics.read_bytes()[:-4])
+    with pytest.raises(UserError, match="line 2 is damaged"):
+        run.read_metrics()
+
+
+def test_damaged_results_are_named(run):
+    run.add_result({"a": 1})
+    run.results.write_text("[{")
+    with pytest.raises(UserError, match=r"results\.json: damaged"):
+        run.add_result({"b": 2})
 
 
 def test_an_output_directory_that_cannot_be_made_gets_one_line(tmp_path):

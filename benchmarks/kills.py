@@ -1,0 +1,192 @@
+"""Kill runs at random moments, resume them, and compare with one that was never touched.
+
+    python benchmarks/kills.py --kills 50 --out results/kills.json
+
+Each trial starts the same small run on digits, sends SIGKILL to its main process
+at a moment drawn from the whole duration, and resumes it. Counted are completed
+rounds that were lost, ends whose final weights, encoder, metrics (but for
+durations) or evaluation differ from the untouched run's, and processes that
+outlived their main process by more than 30 s.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from rundir import provenance  # noqa: E402
+
+RUN = ["num_clients=2", "num_rounds=5", "num_cpus=1", "precision=float32", "model.stem=imagenet"]
+RUN += ["train.local_epochs=1", "train.max_steps=2", "monitor.bank=200", "monitor.queries=100"]
+RUN += ["eval.seeds=1", "eval.epochs=2", "strategy=fedadam"]
+DURATIONS = ("seconds", "images_per_second")
+ORPHAN_AFTER_S = 30.0
+
+
+def start(output: Path, mark: str, *arguments: str) -> subprocess.Popen:
+    """Start main.py; MARK in its environment finds its descendants again."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "main.py"), f"output_dir={output}", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"KILLS_MARK": mark},
+        start_new_session=True,
+    )
+
+
+def descendants(mark: str) -> list[int]:
+    """List the processes that carry a mark."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"KILLS_MARK={mark}".encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def await_end(mark: str) -> int:
+    """Wait until all marked processes are gone; kill those that stay, and count them."""
+    deadline = time.monotonic() + ORPHAN_AFTER_S
+    while left := descendants(mark):
+        if time.monotonic() > deadline:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            return len(left)
+        time.sleep(0.2)
+    return 0
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """Collect what must not depend on interruptions."""
+    last = max((run / "checkpoints").glob("round-*.safetensors"))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    results = json.loads((run / "results.json").read_text())
+    return {
+        "weights": last.name.encode() + last.read_bytes(),
+        "encoder": (run / "encoder.safetensors").read_bytes(),
+        "metrics": without_durations(rows),
+        "evaluation": [result["rows"] for result in results],
+    }
+
+
+def without_durations(value: Any) -> Any:
+    """Drop what a clock measured."""
+    if isinstance(value, list):
+        return [without_durations(item) for item in value]
+    if isinstance(value, dict):
+        return {
+            key: without_durations(item)
+            for key, item in value.items()
+            if not key.startswith(DURATIONS)
+        }
+    return value
+
+
+def count_rounds(run: Path) -> int:
+    """Count the rounds that are in the metrics."""
+    file = run / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def try_once(folder: Path, expected: dict[str, Any], moment_s: float, number: int) -> dict:
+    """Kill a run some seconds after its directory appeared, resume it, and compare."""
+    output, mark = folder / f"run{number}", f"{os.getpid()}-{number}"
+    output.mkdir()
+    process = start(output, mark, *RUN, f"cache_dir={folder}/cache")
+    while not (output / "latest").exists():
+        time.sleep(0.02)
+    time.sleep(moment_s)
+    finished = process.poll() is not None
+    if not finished:
+        process.kill()
+    process.communicate()
+    orphans = await_end(mark)
+    run = (output / "latest").resolve()
+    before = count_rounds(run)
+    trial = {"seconds": round(moment_s, 2), "rounds_before": before, "orphans": orphans}
+    if finished and (run / "results.json").exists():
+        return trial | {"finished_before": True, "differs": compare(outcome(run), expected)}
+    resumed = start(output, mark, "resume=latest")
+    text, _ = resumed.communicate(timeout=300)
+    await_end(mark)
+    if resumed.returncode:
+        return trial | {"failed": text[-2000:], "differs": ["no end"]}
+    found = re.search(r"going on with .* after round (\d+)", text)
+    return trial | {
+        "lost_rounds": max(0, before - int(found[1] if found else 0)),
+        "differs": compare(outcome(run), expected),
+    }
+
+
+def compare(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """Name what differs from the untouched run."""
+    return [name for name, value in expected.items() if found[name] != value]
+
+
+def run_trials(folder: Path, kills: int, seed: int) -> dict[str, Any]:
+    """Run the untouched run and the trials; count what went wrong."""
+    output = folder / "untouched"
+    output.mkdir()
+    process = start(output, "untouched", *RUN, f"cache_dir={folder}/cache")
+    while not (output / "latest").exists():
+        if process.poll() is not None:
+            raise SystemExit(process.communicate()[0])
+        time.sleep(0.02)
+    began = time.monotonic()
+    text, _ = process.communicate()
+    duration = time.monotonic() - began
+    if process.returncode:
+        raise SystemExit(text)
+    expected = outcome((output / "latest").resolve())
+    draw = random.Random(seed)
+    trials = []
+    while sum(not trial.get("finished_before") for trial in trials) < kills:
+        trial = try_once(folder, expected, draw.uniform(0, duration), len(trials))
+        trials.append(trial)
+        print(json.dumps(trial), flush=True)
+    killed = [trial for trial in trials if not trial.get("finished_before")]
+    return {
+        "kills": len(killed),
+        "resumed": sum("failed" not in trial for trial in killed),
+        "lost_rounds": sum(trial.get("lost_rounds", 0) for trial in killed),
+        "identical_ends": sum(not trial["differs"] for trial in killed),
+        "orphans": sum(trial["orphans"] for trial in killed),
+        "run_s": duration,
+        "trials": trials,
+    }
+
+
+def main() -> None:
+    """Run, print, and write everything with its provenance."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    measured = provenance()
+    with tempfile.TemporaryDirectory() as folder:
+        result = run_trials(Path(folder), given.kills, given.seed)
+    print(json.dumps({k: v for k, v in result.items() if k != "trials"}, indent=2))
+    if given.out:
+        command = f"python benchmarks/kills.py --kills {given.kills} --seed {given.seed}"
+        given.out.write_text(
+            json.dumps({"command": command} | result | {"measured": measured}, indent=2) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""What one hostile client of five does to a run, and what stands against it.
+
+    python benchmarks/poison.py --out results/poison.json
+
+Client 1 trains as all do, but sends the global weights minus FACTOR times its
+own step. Each run is `python main.py` on digits with its defaults otherwise; told
+is the linear head on 10 % of the labels, and the kNN accuracy after the last round.
+"""
+
+import environment  # noqa: F401  isort: skip
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from flwr.app import Context, Message, MessageType  # noqa: E402
+
+import main as program  # noqa: E402
+from client import make_client_app, simulated  # noqa: E402
+from config import load_config  # noqa: E402
+from rundir import RunDirectory, provenance  # noqa: E402
+from test import evaluate_run  # noqa: E402
+from wire import pack_state, unpack_state  # noqa: E402
+
+HOSTILE = 1
+DEFENCES = {
+    "FedAvg": ["max_step_ratio=null"],
+    "FedAvg, step guard (10)": [],
+    "FedAvg, step guard (3)": ["max_step_ratio=3"],
+    "Krum": ["max_step_ratio=null", "strategy=krum"],
+    "FedMedian": ["max_step_ratio=null", "strategy=fedmedian"],
+    "FedTrimmedAvg": ["max_step_ratio=null", "strategy=fedtrimmedavg"],
+}
+
+
+def make_mod(factor: float) -> Callable:
+    """Make a Flower mod that reverses and scales the hostile client's step."""
+
+    def reverse(message: Message, context: Context, call_next: Callable) -> Message:
+        training = message.metadata.message_type == MessageType.TRAIN
+        if not training or int(context.node_config["partition-id"]) != HOSTILE:
+            return call_next(message, context)
+        start = unpack_state(message.content["arrays"])
+        reply = call_next(message, context)
+        state = unpack_state(reply.content["arrays"])
+        for name, tensor in state.items():
+            if tensor.is_floating_point():
+                state[name] = start[name] - factor * (tensor - start[name])
+        reply.content["arrays"] = pack_state(state)
+        return reply
+
+    return reverse
+
+
+def run_once(folder: Path, overrides: list[str], factor: float) -> dict:
+    """Train and evaluate one run; FACTOR 0 means that all are honest."""
+    places = [f"output_dir={folder}", f"cache_dir={folder}/cache"]
+    config = load_config("config", [*places, *overrides])
+    resources, image_set = program.prepare(config)
+    config.num_cpus, config.num_gpus = resources.num_cpus, resources.num_gpus
+    run = RunDirectory.create(folder / f"run{len(list(folder.iterdir()))}", config)
+    app = make_client_app(simulated(config), mods=[make_mod(factor)] if factor else [])
+    program.simulate(config, resources, image_set, run, client_app=app)
+    result = evaluate_run(run, config, config.eval, image_set, run.last_checkpoint())
+    heads = {row["encoder"]: row for row in result["rows"] if row["method"].startswith("linear")}
+    rows = run.read_metrics()
+    return {
+        "linear_head": heads["federated SimCLR"]["mean"],
+        "random_encoder": heads["random encoder"]["mean"],
+        "knn": rows[-1]["knn"],
+        "rejected": sum(len(row["failures"]) for row in rows),
+        "warnings": sum(len(row["warnings"]) for row in rows),
+    }
+
+
+def main() -> None:
+    """Run all, print a table, and write it with its provenance."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--factors", nargs="+", type=float, default=[5.0, 20.0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("overrides", nargs="*")
+    given = parser.parse_intermixed_args()
+    measured = provenance()
+    cases = [("all honest, FedAvg", [], 0.0)]
+    cases += [(name, more, f) for f in given.factors for name, more in DEFENCES.items()]
+    table = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, more, factor in cases:
+            found = run_once(Path(folder), [*given.overrides, *more], factor)
+            table.append({"defence": name, "factor": factor, "overrides": more} | found)
+            print(json.dumps(table[-1]), flush=True)
+    if given.out:
+        command = " ".join(["python benchmarks/poison.py", *given.overrides])
+        result = {"command": command, "rows": table, "measured": measured}
+        given.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Is the representation still alive? What contrastive learning can lose without a word.
+
+The loss alone does not tell: a collapsed representation, all images in one
+point or on one line, can look like a slow start.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+COLLAPSED_UNIFORMITY = -0.1  # 0: all in one point; 32 held-out digits give -1 to -3
+COLLAPSED_RANK = 2.0  # 1: all on one line
+DRIFTING_STEP = 3.0  # times the clients' median
+DRIFTING_COSINE = -0.2  # below: against what the others learned; 0 is no relation
+
+
+def measure_health(projections: Tensor) -> dict[str, float]:
+    """Measure how a batch's projections lie on the unit sphere.
+
+    - alignment: mean squared distance of the two views of an image, from 0 to 4,
+      and uniformity: log of the mean of exp(-2 |x - y|^2) over pairs of
+      different images, at most 0; both of https://arxiv.org/abs/2005.10242
+      (alpha = 2, t = 2).
+    - effective rank: exp of the entropy of the normalized singular values,
+      from 1 to the smaller side of the matrix; Roy and Vetterli,
+      https://ieeexplore.ieee.org/document/7098875, as in RankMe,
+      https://arxiv.org/abs/2210.02885.
+
+    Args:
+        projections: (2B, D), the second view of an image B rows behind the first.
+    """
+    unit = functional.normalize(projections.float(), dim=1).double()
+    first, second = unit.chunk(2)
+    alignment = float((first - second).square().sum(dim=1).mean())
+    uniformity = torch.pdist(first).square().mul(-2).exp().mean().log()
+    values = torch.linalg.svdvals(unit)
+    shares = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
+    entropy = torch.special.entr(shares).sum()
+    return {
+        "alignment": alignment,
+        "uniformity": float(uniformity),
+        "effective-rank": float(entropy.exp()),
+    }
+
+
+def find_warnings(row: Mapping[str, Any]) -> list[str]:
+    """Say of a round's metrics line what looks like a collapse or a drifting client."""
+    found = []
+    uniformity, rank = row["uniformity"], row["effective_rank"]
+    if uniformity is not None and uniformity > COLLAPSED_UNIFORMITY:
+        found.append(
+            f"the representation has collapsed to a point (uniformity {uniformity:.3f}); "
+            "lower train.learning_rate or raise train.batch_size"
+        )
+    elif rank is not None and rank < COLLAPSED_RANK:
+        found.append(
+            f"the representation has collapsed to a line (effective rank {rank:.2f}); lower "
+            "train.learning_rate or raise train.batch_size"
+        )
+    return found + _find_drift([c for c in row["clients"] if "step" in c])
+
+
+def _find_drift(clients: Sequence[Mapping[str, Any]]) -> list[str]:
+    if len(clients) < 3:  # of two, nobody knows which one drifts
+        return []
+    found = []
+    steps = torch.tensor([client["step"] for client in clients])
+    for client, step in zip(clients, steps, strict=True):
+        name, cosine = f"client {client['partition']} drifts away", client["cosine"]
+        times = float(step / steps.median()) if steps.median() > 0 else 0.0
+        if times > DRIFTING_STEP:
+            found.append(f"{name}: its step is {times:.1f} times as long as usual this round")
+        elif cosine is not None and cosine < DRIFTING_COSINE:
+            found.append(f"{name}: it moves against the others (cosine {cosine:.2f})")
+    return found
