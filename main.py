@@ -202,13 +202,12 @@ def train_and_evaluate(config: DictConfig) -> None:
     print_opening(config, resources, image_set)
     print(f"  directory  {show_path(run.path)}\n")
     go_on = f"go on with: python main.py resume={show_path(run.path)}"
-    if checkpoint is None or checkpoint.round < config.num_rounds:
-        try:
-            simulate(config, resources, image_set, run, checkpoint)
-        except RuntimeError as error:
-            raise RuntimeError(f"{error}; {go_on}") from error
-        except KeyboardInterrupt as interrupt:
-            raise KeyboardInterrupt(go_on) from interrupt
+    try:
+        simulate(config, resources, image_set, run, checkpoint)
+    except RuntimeError as error:
+        raise RuntimeError(f"{error}; {go_on}") from error
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(go_on) from interrupt
     draw_loss_graph(run.read_metrics(), run.path / "loss_graph.png", config.dataset.name)
     labelled = has_labels(image_set)
     if labelled:

@@ -19,6 +19,8 @@ ABSENCES = (
 POLL_S = 1.0
 REPLY_POLL_S = 0.2
 REPORT_EVERY_S = 15.0
+RESTART_S = 2.0
+DIED = "its process died, killed or for want of memory"
 
 
 @dataclass(frozen=True)
@@ -142,9 +144,18 @@ class Nodes:
     def ask(self, messages: Iterable[Message]) -> list[Answer]:
         """Send messages and wait for the replies, in the order of the partitions.
 
-        Nodes that are gone or too slow take no further part in the round.
+        A client whose process died is asked once more: it may have been another's
+        message that killed the process. Nodes that are gone or too slow take no
+        further part in the round.
         """
-        answers = self._exchange(list(messages))
+        messages = list(messages)
+        answers = self._exchange(messages)
+        died = [place for place, answer in enumerate(answers) if answer.failure == DIED]
+        if died:
+            self._pause(RESTART_S)
+            again = self._exchange([_repeat(messages[place]) for place in died])
+            for place, answer in zip(died, again, strict=True):
+                answers[place] = answer
         gone = {answer.node for answer in answers if answer.absent}
         self._present = [node for node in self._present if node not in gone]
         return sorted(answers, key=lambda answer: self.partition_of[answer.node])
@@ -191,16 +202,28 @@ class Nodes:
             raise RuntimeError("stopped while waiting for clients")
 
 
+def _repeat(message: Message) -> Message:
+    """Make the same message anew; Flower gives each an identity of its own."""
+    metadata = message.metadata
+    return Message(
+        message.content, metadata.dst_node_id, metadata.message_type, group_id=metadata.group_id
+    )
+
+
 def explain(error: Error) -> str:
     """Say in one line what an error reply means.
 
-    Flower wraps a client's own line as "<class '...'>:<'line'>".
+    Flower wraps a client's own line as "<class '...'>:<'line'>", and in a
+    simulation Ray's account of the failure lies around it.
     """
     if error.code == ErrorCode.NODE_UNAVAILABLE:
         return "its node is gone, no heartbeat any more"
-    text = (error.reason or "no reason given").strip()
+    text = (error.reason or "no reason given").strip().removesuffix("'>")
     if "ActorDiedError" in text or "ActorUnavailableError" in text:
-        return "its process died, killed or for want of memory"
-    if ":<'" in text:
-        text = text.partition(":<'")[2].removesuffix("'>")
-    return text.splitlines()[0]
+        return DIED
+    for mark in (" occurred. Message:", ":<'"):
+        if mark in text:
+            text = text.rpartition(mark)[2]
+            break
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0] if lines else "no reason given"

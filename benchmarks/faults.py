@@ -8,8 +8,6 @@ limit on file sizes, unreadable images, or two at once. The status is 1 if
 anything was seen that was not expected.
 """
 
-import environment  # noqa: F401  isort: skip
-
 import argparse
 import io
 import json
@@ -27,6 +25,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import environment  # noqa: E402, F401  isort: skip
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -159,7 +159,7 @@ def try_clients(folder: Path) -> list[dict[str, str]]:
             {
                 "fault": f"client: {fault}",
                 "expected": f"left out and named ({reason}), the others go on",
-                "seen": f"trained: {trained}; {told}",
+                "seen": f"trained: {trained}; {reasons}",
                 "ok": reason in told and trained == [0, 2] and set(reasons) == {FAULTY},
             }
         )
@@ -260,7 +260,7 @@ def try_full_disk(folder: Path) -> list[dict]:
     second = shlex.join([*main, "resume=latest"])
     script = f"""
         mount -t tmpfs -o size=200m tmpfs {disk} || exit 99
-        head -c 110M /dev/zero > {disk}/filler
+        head -c 130M /dev/zero > {disk}/filler
         {first} > {folder}/first 2>&1; echo $? > {folder}/first.status
         rm {disk}/filler
         {second} > {folder}/second 2>&1; echo $? > {folder}/second.status

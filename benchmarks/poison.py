@@ -7,8 +7,6 @@ own step. Each run is `python main.py` on digits with its defaults otherwise; to
 is the linear head on 10 % of the labels, and the kNN accuracy after the last round.
 """
 
-import environment  # noqa: F401  isort: skip
-
 import argparse
 import json
 import sys
@@ -18,6 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import environment  # noqa: E402, F401  isort: skip
 
 from flwr.app import Context, Message, MessageType  # noqa: E402
 

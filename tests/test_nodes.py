@@ -143,3 +143,17 @@ def test_a_client_that_failed_stays_in_the_round():
 )
 def test_errors_are_explained_in_one_line(reason, line):
     assert explain(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)) == line
+
+
+def test_a_client_whose_process_died_is_asked_once_more(monkeypatch):
+    monkeypatch.setattr(nodes, "RESTART_S", 0.01)
+    died = Error(ErrorCode.UNKNOWN, "<class 'ray.exceptions.ActorDiedError'>:<'gone'>")
+    gathered = Nodes(Grid(n1=0, n2=1), 2, 0, 7)
+    gathered.gather()
+    gathered.grid.held[2] = died
+    gathered.grid.asked.clear()
+    answers = ask(gathered)
+    assert gathered.grid.asked == [1, 2, 2]
+    assert answers[0].reply is not None
+    assert answers[1].failure == nodes.DIED
+    assert gathered.get_node_ids() == [1, 2]  # it is asked again in the next round
