@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from itertools import product
-from math import inf
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from errors import UserError
 
@@ -216,7 +215,7 @@ def _compose(
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
         hint = nearest(option, error.options or [])
         raise UserError(f"{group}={option}: unknown {group}; {hint}") from error
-    except (HydraException, OmegaConfBaseException) as error:
+    except Exception as error:  # Hydra, its parser and OmegaConf raise a dozen unrelated types
         raise UserError(_explain(str(error), given, known)) from error
 
 
@@ -246,6 +245,8 @@ def _check_value(key: str, value: Any, default: Any) -> None:
     if value is None and (allowed or default is None):
         return
     _check_type(key, value, allowed or _types_like(default))
+    if isinstance(value, float) and not isfinite(value):
+        raise UserError(f"{key}={value}: must be a finite number")
     if isinstance(value, list):
         _check_list(key, value, len(default))
     if short in CHOICES and value not in CHOICES[short]:
@@ -256,7 +257,9 @@ def _check_value(key: str, value: Any, default: Any) -> None:
 
 def _check_list(key: str, value: list[Any], length: int) -> None:
     """Check channel statistics and ranges, the only lists: numbers, as many as shipped."""
-    if len(value) != length or not all(type(item) in (int, float) for item in value):
+    if len(value) != length or not all(
+        type(item) in (int, float) and isfinite(item) for item in value
+    ):
         raise UserError(f"{key}={value}: must be a list of {length} numbers")
     if length == 2 and not 0 < value[0] <= value[1]:
         raise UserError(f"{key}={value}: must rise from a number above 0")

@@ -40,7 +40,7 @@ from rundir import RunDirectory, provenance  # noqa: E402
 from wire import pack_state, unpack_state  # noqa: E402
 
 FAULTY = 1  # the partition that misbehaves
-TIMEOUT_S = 30.0
+TIMEOUT_S = 20.0
 NAME = "encoder.conv1.weight"
 SMALL = ["num_clients=3", "num_cpus=1", "precision=float32", "model.stem=imagenet"]
 SMALL += ["train.local_epochs=1", "train.max_steps=1", "monitor.bank=100", "monitor.queries=50"]
@@ -95,7 +95,7 @@ def oversleep(reply: Message) -> Message:
 CLIENT_FAULTS: dict[str, tuple[Callable[[Message], Message], str]] = {
     "raises an exception": (raise_error, "the camera is broken"),
     "its process is killed": (kill_process, "its process died"),
-    "takes longer than round_timeout_s": (oversleep, "no reply within 30 s"),
+    "takes longer than round_timeout_s": (oversleep, f"no reply within {TIMEOUT_S:g} s"),
     "weights with NaN": (
         lambda reply: change_weights(reply, lambda s: s[NAME].view(-1)[:1].fill_(np.nan)),
         "is not finite",

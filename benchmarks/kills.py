@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -139,8 +140,18 @@ def compare(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     return [name for name, value in expected.items() if found[name] != value]
 
 
-def run_trials(folder: Path, kills: int, seed: int, at_once: int = 1) -> dict[str, Any]:
-    """Run the untouched run and the trials, some at once; count what went wrong."""
+def run_trials(
+    folder: Path,
+    kills: int,
+    seed: int,
+    at_once: int = 1,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> dict[str, Any]:
+    """Run the untouched run and the trials, some at once; count what went wrong.
+
+    Args:
+        keep: told of the result so far after every few trials.
+    """
     output = folder / "untouched"
     output.mkdir()
     process = start(output, "untouched", *RUN, f"cache_dir={folder}/cache")
@@ -163,13 +174,18 @@ def run_trials(folder: Path, kills: int, seed: int, at_once: int = 1) -> dict[st
             found = list(pool.map(lambda m, n: try_once(folder, expected, m, n), moments, numbers))
         trials += found
         print("\n".join(map(json.dumps, found)), flush=True)
+        keep(summary(trials, duration))
+    return summary(trials, duration)
+
+
+def summary(trials: list[dict[str, Any]], duration: float) -> dict[str, Any]:
+    """Count what went wrong."""
     killed = [trial for trial in trials if not trial.get("finished_before")]
     return {
         "kills": len(killed),
         "resumed": sum("failed" not in trial for trial in killed),
         "lost_rounds": sum(trial.get("lost_rounds", 0) for trial in killed),
         "identical_ends": sum(not trial["differs"] for trial in killed),
-        "orphans": await_end(f"kills-{os.getpid()}"),
         "run_s": duration,
         "trials": trials,
     }
@@ -183,15 +199,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    measured = provenance()
+    command = f"python benchmarks/kills.py --kills {given.kills} --seed {given.seed}"
+    facts = {"command": command, "measured": provenance()}
+
+    def keep(result: dict[str, Any]) -> None:
+        if given.out:
+            given.out.write_text(json.dumps(facts | result, indent=2) + "\n")
+
     with tempfile.TemporaryDirectory() as folder:
-        result = run_trials(Path(folder), given.kills, given.seed, given.at_once)
+        result = run_trials(Path(folder), given.kills, given.seed, given.at_once, keep)
+        result["orphans"] = await_end(f"kills-{os.getpid()}")
+    keep(result)
     print(json.dumps({k: v for k, v in result.items() if k != "trials"}, indent=2))
-    if given.out:
-        command = f"python benchmarks/kills.py --kills {given.kills} --seed {given.seed}"
-        given.out.write_text(
-            json.dumps({"command": command} | result | {"measured": measured}, indent=2) + "\n"
-        )
 
 
 if __name__ == "__main__":

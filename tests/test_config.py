@@ -98,7 +98,7 @@ def test_main_and_test_share_the_protocol():
         ("precision=fp16", "precision=fp16: known: auto, float32, bfloat16"),
         ("train.batch_size=1", "must be at least 2"),
         ("train.temperature=0", "must be above 0"),
-        ("train.learning_rate=nan", "must be above 0"),
+        ("train.learning_rate=nan", "must be a finite number"),
         ("augment.crop_scale=0.2", "must be a list"),
         ("augment.crop_scale=[0.2]", "must be a list of 2 numbers"),
         ("augment.crop_scale=[0.9,0.1]", "must rise"),

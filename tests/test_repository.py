@@ -172,3 +172,17 @@ def test_the_readmes_cost_of_the_wire_is_the_recorded_one():
             f"| {row['down_mb']:.0f} MB | {row['up_mb']:.0f} MB | {row['seconds']:.0f} s |"
         )
         assert line in README, f"the README lacks: {line}"
+
+
+def test_the_readmes_speeds_are_the_recorded_ones():
+    recorded = json.loads((ROOT / "results" / "speed.json").read_text())
+    assert len(recorded["rows"]) == 6
+    for row in recorded["rows"]:
+        speeds = " | ".join(f"{row['images_per_second'][k]:.0f}" for k in ("ours", "bare", "usual"))
+        line = (
+            f"| {row['encoder']} | {row['stem']} | {row['batch']} | {speeds} "
+            f"| {row['of_bare']:.2f} | {row['over_usual']:.1f} |"
+        )
+        assert line in README, f"the README lacks: {line}"
+    for milliseconds in recorded["augmentation"]["milliseconds"].values():
+        assert f"{milliseconds:.0f} ms" in README
