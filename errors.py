@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """Something the user gave is wrong: one line with the value and the remedy."""
+
+    def __init__(self, line: str) -> None:
+        """Keep it one line, whatever the value holds."""
+        super().__init__(" ".join(line.splitlines()).strip())
