@@ -8,6 +8,7 @@ import torch
 from omegaconf import OmegaConf
 
 import test as evaluation
+from checkpoints import Checkpoint, save_checkpoint
 from config import load_config
 from errors import UserError
 from model import build_model
@@ -26,7 +27,7 @@ def settings():
 @pytest.fixture
 def run(tmp_path, config, model):
     directory = RunDirectory.create(tmp_path / "run", config)
-    directory.save_checkpoint(3, model.state_dict(), keep=1)
+    save_checkpoint(directory.checkpoints, Checkpoint(3, model.state_dict()), keep=1)
     return directory
 
 
@@ -128,14 +129,14 @@ def test_fine_tuning_changes_a_copy_and_beats_chance(config, settings, digits, m
 def test_a_checkpoint_of_another_architecture_is_refused(run, config, settings, digits):
     other = OmegaConf.merge(config.model, {"encoder": "resnet50"})
     state = build_model(other, config.dataset, 0, CPU).state_dict()
-    run.save_checkpoint(4, state, keep=2)
+    save_checkpoint(run.checkpoints, Checkpoint(4, state), keep=2)
     with pytest.raises(UserError, match="another architecture than resnet18"):
         evaluate_run(run, config, settings, digits, run.last_checkpoint())
     assert not run.results.exists()
 
 
 def test_images_without_labels_cannot_be_evaluated(config, settings, digits):
-    bare = ImageSet(Images(digits.train.pixels, None), None, [], [], "bare")
+    bare = ImageSet(Images(digits.train.pixels, None), None, [], [], "bare", "")
     with pytest.raises(UserError, match="no labels"):
         Evaluation(config, settings, bare)
 

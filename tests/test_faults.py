@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 
-@pytest.mark.parametrize("part", ["clients", "full disk", "images"])
+@pytest.mark.parametrize("part", ["clients", "full disk"])
 def test_every_fault_is_met_as_expected(part):
     command = [sys.executable, str(ROOT / "benchmarks" / "faults.py"), "--parts", part]
     done = subprocess.run(command, capture_output=True, text=True)

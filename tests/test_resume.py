@@ -163,19 +163,20 @@ def test_differences_are_listed_by_key():
 
 
 def test_neither_the_order_nor_the_number_at_a_time_changes_a_byte(tmp_path, compose, digits):
-    """Five clients, one after the other, two at a time, and all at once on two cores."""
+    """Five clients, one after the other and all at once on two cores."""
     ends = []
-    for at_a_time in (1, 2, 5):
+    for at_a_time in (1, 5):
         config = compose(*kills.RUN, "num_clients=5", "num_rounds=1")
         run = RunDirectory.create(tmp_path / f"{at_a_time}", config)
         program.simulate(config, ClientResources(1, 0, 0, at_a_time), digits, run)
         last = run.last_checkpoint().read_bytes()
         ends.append((last, kills.without_durations(run.read_metrics())))
-    assert ends[0] == ends[1] == ends[2]
+    assert ends[0] == ends[1]
 
 
-def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     """The short version of benchmarks/kills.py."""
+    monkeypatch.setattr(kills, "RUN", [*kills.RUN, "num_rounds=2"])
     result = kills.run_trials(tmp_path, kills=1, seed=int(time.time()))
     assert result["kills"] == result["resumed"] == result["identical_ends"] == 1, result
     assert result["lost_rounds"] == 0, result
