@@ -1,7 +1,9 @@
 """From the command line to a checked configuration: the only reader of conf/."""
 
 import functools
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +11,7 @@ from difflib import get_close_matches
 from itertools import product
 from math import inf, isfinite
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import hydra
@@ -19,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from errors import UserError
 
+INTERRUPT_GRACE_S = 15.0
 CONF = Path(__file__).resolve().parent / "conf"
 
 # Hydra's own command line, https://hydra.cc/docs/advanced/hydra-command-line-flags
@@ -315,14 +319,34 @@ def run_entry(
         with _one_line():
             job(config)
 
-    with _one_line():
-        arguments = flags_to_overrides(sys.argv[1:])
-        if not is_informative(arguments):
-            arguments = complete(arguments)
-            for overrides in jobs_of(arguments):
-                check(load_config(name, overrides))
-    sys.argv[1:] = arguments
-    hydra.main(version_base=None, config_path=str(CONF), config_name=name)(guarded)()
+    earlier = signal.signal(signal.SIGINT, _interrupt)
+    try:
+        with _one_line():
+            arguments = flags_to_overrides(sys.argv[1:])
+            if not is_informative(arguments):
+                arguments = complete(arguments)
+                for overrides in jobs_of(arguments):
+                    check(load_config(name, overrides))
+        sys.argv[1:] = arguments
+        hydra.main(version_base=None, config_path=str(CONF), config_name=name)(guarded)()
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """Interrupt the work, and end it by force if it does not give way."""
+    forced = Timer(INTERRUPT_GRACE_S, _leave, ["interrupted"])
+    forced.daemon = True
+    forced.start()
+    raise KeyboardInterrupt
+
+
+def _leave(line: str) -> None:
+    """End at once, without waiting for threads that wait for others."""
+    print(line, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(130)
 
 
 @contextmanager
@@ -337,5 +361,4 @@ def _one_line() -> Iterator[None]:
         print(f"failed: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as error:
-        print(f"interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)
-        sys.exit(130)
+        _leave(f"interrupted{f': {error}' if str(error) else ''}")
