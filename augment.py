@@ -6,7 +6,7 @@ map of the colours, clamped once at the end (torchvision clamps after each).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +118,16 @@ def make_augmentation(spec: Mapping[str, Any], output_size: int) -> Augmentation
         for key, value in spec.items()
     }
     return Augmentation(output_size, **values)
+
+
+def view_size(sizes: Sequence[int], image_size: int, round_number: int, num_rounds: int) -> int:
+    """Choose the side of a round's views in pixels: each size has an equal part of the run.
+
+    Args:
+        sizes: in the order of the rounds; empty for the size of the images.
+        round_number: from 1 to num_rounds.
+    """
+    return sizes[(round_number - 1) * len(sizes) // num_rounds] if sizes else image_size
 
 
 def draw_crops(

@@ -4,7 +4,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from flwr.clientapp.typing import Mod
 from omegaconf import DictConfig, OmegaConf
 from torch import Generator, Tensor
 
-from augment import Augmentation, make_augmentation
+from augment import Augmentation, make_augmentation, view_size
 from errors import UserError
 from health import measure_health
 from model import SimCLR, build_model, load_state, nt_xent
@@ -278,6 +278,13 @@ class Site:
     dtype: torch.dtype
     augmentation: Augmentation
 
+    def views_of(self, message: Message) -> Augmentation:
+        """Give the views of a message's round; their size may grow over the rounds."""
+        request, size = message.content[CONFIG], self.config.dataset.image_size
+        place = int(request["server-round"]), int(request["num-rounds"])
+        size = view_size(self.config.train.view_sizes, size, *place)
+        return replace(self.augmentation, output_size=size)
+
 
 @functools.lru_cache(maxsize=1)
 def open_site(config_text: str, num_partitions: int, data_path: str | None) -> Site:
@@ -356,7 +363,7 @@ def train_reply(identity: Identity, message: Message) -> Message:
         site.model,
         site.pixels,
         rows,
-        site.augmentation,
+        site.views_of(message),
         make_optimization(site.config.train),
         run_part=((round_number - 1) / num_rounds, round_number / num_rounds),
         proximal_mu=float(request.get("proximal-mu", 0.0)),
@@ -384,7 +391,7 @@ def evaluate_reply(identity: Identity, message: Message) -> Message:
         site.model,
         site.pixels,
         rows,
-        site.augmentation,
+        site.views_of(message),
         batch_size=site.config.train.batch_size,
         temperature=site.config.train.temperature,
         generator=generator_for(site.config.seed, "evaluate", identity.partition),

@@ -91,6 +91,11 @@ RANGES: dict[str, tuple] = {
     "weight_decay": (0, inf),
     "knn_neighbors": (1, inf),
 }
+# Lists of any length: lowest and highest item.
+WHOLE_NUMBERS: dict[str, tuple[int, float]] = {
+    "participants": (0, inf),
+    "train.view_sizes": RANGES["dataset.image_size"],
+}
 # Types of the values whose default is null.
 NULLABLE: dict[str, tuple[type, ...]] = {
     "min_nodes": (int,),
@@ -252,7 +257,10 @@ def _check_value(key: str, value: Any, default: Any) -> None:
     if isinstance(value, float) and not isfinite(value):
         raise UserError(f"{key}={value}: must be a finite number")
     if isinstance(value, list):
-        _check_list(key, value, len(default))
+        if key in WHOLE_NUMBERS:
+            _check_whole_numbers(key, value, *WHOLE_NUMBERS[key])
+        else:
+            _check_list(key, value, len(default))
     if short in CHOICES and value not in CHOICES[short]:
         raise UserError(f"{key}={value}: {nearest(str(value), CHOICES[short])}")
     if short in RANGES:
@@ -260,13 +268,19 @@ def _check_value(key: str, value: Any, default: Any) -> None:
 
 
 def _check_list(key: str, value: list[Any], length: int) -> None:
-    """Check channel statistics and ranges, the only lists: numbers, as many as shipped."""
+    """Check channel statistics and ranges: numbers, as many as shipped."""
     if len(value) != length or not all(
         type(item) in (int, float) and isfinite(item) for item in value
     ):
         raise UserError(f"{key}={value}: must be a list of {length} numbers")
     if length == 2 and not 0 < value[0] <= value[1]:
         raise UserError(f"{key}={value}: must rise from a number above 0")
+
+
+def _check_whole_numbers(key: str, value: list[Any], low: int, high: float) -> None:
+    if not all(type(item) is int and low <= item <= high for item in value):
+        bound = f"{low} to {high}" if high < inf else f"from {low} on"
+        raise UserError(f"{key}={value}: must be a list of whole numbers, {bound}")
 
 
 def _types_like(default: Any) -> tuple[type, ...]:

@@ -67,6 +67,12 @@ def prepare(config: DictConfig) -> tuple[ClientResources, ImageSet]:
         raise UserError(
             f"min_results={config.min_results}: there are only num_clients={config.num_clients}"
         )
+    strangers = [number for number in config.participants if number >= config.num_clients]
+    if strangers:
+        raise UserError(
+            f"participants={config.participants}: with num_clients={config.num_clients} the "
+            f"partitions are 0 to {config.num_clients - 1}"
+        )
     check_writable(Path(config.run_dir))
     image_set = open_image_set(config.dataset, config.cache_dir, config.seed, report=print)
     parts = partition_rows(image_set.train, config.num_clients, config.partition, config.seed)

@@ -1,7 +1,7 @@
 """The clients as the server sees them: who is connected, who holds what, asking them."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from threading import Event
 
@@ -52,6 +52,7 @@ class Nodes:
         timeout_s: float,
         report: Callable[[str], None] = lambda line: None,
         stop: Event | None = None,
+        participants: Collection[int] = (),
     ) -> None:
         """Remember how patient to be.
 
@@ -61,7 +62,9 @@ class Nodes:
             timeout_s: how long to wait for replies.
             report: told, in a line, of waiting and of nodes that come and go.
             stop: set by another thread to end all waiting.
+            participants: partitions that are asked; empty for all.
         """
+        self.participants = frozenset(participants)
         self.stop = stop or Event()
         self.grid, self.min_nodes, self.report = grid, min_nodes, report
         self.wait_s, self.timeout_s = wait_s, timeout_s
@@ -78,11 +81,20 @@ class Nodes:
     ) -> "Nodes":
         """Be as patient as the configuration says; min_nodes=null means all clients."""
         min_nodes = config.min_nodes or config.num_clients
-        return cls(grid, min_nodes, config.node_wait_s, config.round_timeout_s, report, stop)
+        return cls(
+            grid,
+            min_nodes,
+            config.node_wait_s,
+            config.round_timeout_s,
+            report,
+            stop,
+            config.participants,
+        )
 
     def get_node_ids(self) -> list[int]:
-        """List the nodes of the current round that are not lost, by partition."""
-        return list(self._present)
+        """List the nodes that take part in the current round and are not lost, by partition."""
+        chosen = self.participants or set(self.partition_of.values())
+        return [node for node in self._present if self.partition_of[node] in chosen]
 
     def gather(self) -> None:
         """Wait for the nodes of a new round and learn which partition each holds.

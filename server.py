@@ -10,6 +10,7 @@ from flwr.app import ConfigRecord, MessageType
 from omegaconf import DictConfig
 from torch.utils.tensorboard import SummaryWriter
 
+from augment import view_size
 from checkpoints import Checkpoint, save_checkpoint
 from features import extract_features, knn_accuracy
 from health import find_warnings
@@ -96,7 +97,7 @@ class Federation:
         facts = {
             "architecture": self.model.architecture,
             "stem": self.model.stem,
-            "image_size": str(self.config.dataset.image_size),
+            "image_size": str(self._view_size(self.config.num_rounds)),
             "mean": str(list(self.config.dataset.mean)),
             "std": str(list(self.config.dataset.std)),
         }
@@ -114,7 +115,7 @@ class Federation:
         trained = time.perf_counter()
         evaluations, eval_failures = self._ask(round_number, MessageType.EVALUATE)
         evaluated = time.perf_counter()
-        knn = self._knn()
+        knn = self._knn(round_number)
         ended = time.perf_counter()
         row = {
             "round": round_number,
@@ -171,7 +172,12 @@ class Federation:
     def _model_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.model.state_dict().values())
 
-    def _knn(self) -> float | None:
+    def _view_size(self, round_number: int) -> int:
+        config = self.config
+        sizes, image_size = config.train.view_sizes, config.dataset.image_size
+        return view_size(sizes, image_size, round_number, config.num_rounds)
+
+    def _knn(self, round_number: int) -> float | None:
         """Classify some training images by others with the frozen encoder."""
         if self.image_set is None or self.image_set.train.labels is None:
             return None
@@ -181,9 +187,12 @@ class Federation:
         )
         queries = order[: min(limits.queries, len(order) // 2)]
         bank = order[len(queries) : len(queries) + limits.bank]
-        dtype = choose_dtype(self.config.precision, self.device)
+        dtype, size = (
+            choose_dtype(self.config.precision, self.device),
+            self._view_size(round_number),
+        )
         features, query_features = (
-            extract_features(self.model, images.pixels[rows], self.device, dtype, 256)
+            extract_features(self.model, images.pixels[rows], self.device, dtype, 256, size)
             for rows in (bank, queries)
         )
         return knn_accuracy(

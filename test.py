@@ -24,7 +24,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from augment import Augmentation, make_augmentation
+from augment import Augmentation, make_augmentation, view_size
 from checkpoints import load_checkpoint
 from config import run_entry
 from display import print_results
@@ -165,12 +165,20 @@ def state_digest(module: nn.Module) -> str:
 class Evaluation:
     """One protocol, applied alike to several encoders of the same run."""
 
-    def __init__(self, config: DictConfig, settings: DictConfig, image_set: ImageSet) -> None:
+    def __init__(
+        self,
+        config: DictConfig,
+        settings: DictConfig,
+        image_set: ImageSet,
+        round_number: int | None = None,
+    ) -> None:
         """Draw the labelled rows of every seed.
 
         Args:
             config: of the run that trained the encoder.
             settings: the `eval` section.
+            round_number: of the checkpoint, which decides the size of the
+                images where it grew; None for the last.
 
         Raises:
             UserError: no labels, or too few.
@@ -181,6 +189,8 @@ class Evaluation:
         self.num_classes = int(max(self.train.labels.max(), self.test.labels.max())) + 1
         self.device = choose_device()
         self.dtype = choose_dtype(config.precision, self.device)
+        place = round_number or config.num_rounds, config.num_rounds
+        self.size = view_size(config.train.view_sizes, config.dataset.image_size, *place)
         self.seeds = [derive_seed(config.seed, "labels", i) % 2**32 for i in range(settings.seeds)]
         self.labelled = [
             draw_labelled(self.train.labels, settings.label_fraction, seed) for seed in self.seeds
@@ -213,7 +223,7 @@ class Evaluation:
     def tuned(self, name: str, model: SimCLR) -> list[dict[str, Any]]:
         """Score the encoder tuned together with its head, from the same start for each seed."""
         scores = []
-        augmentation = make_augmentation(self.config.augment, self.config.dataset.image_size)
+        augmentation = make_augmentation(self.config.augment, self.size)
         for seed, labelled in zip(self.seeds, self.labelled, strict=True):
             tuned = copy.deepcopy(model)
             head = finetune(
@@ -247,7 +257,7 @@ class Evaluation:
 
     def _features(self, model: SimCLR, pixels: np.ndarray) -> np.ndarray:
         return extract_features(
-            model, pixels, self.device, self.dtype, self.settings.feature_batch_size
+            model, pixels, self.device, self.dtype, self.settings.feature_batch_size, self.size
         )
 
 
@@ -304,8 +314,8 @@ def evaluate_run(
     Raises:
         UserError: no labels, or a checkpoint of another architecture.
     """
-    evaluation = Evaluation(config, settings, image_set)
-    model, round_number = load_trained(config, checkpoint, evaluation.device)
+    model, round_number = load_trained(config, checkpoint, choose_device())
+    evaluation = Evaluation(config, settings, image_set, round_number)
     random_model = build_model(config.model, config.dataset, config.seed, evaluation.device)
     score = evaluation.tuned if settings.mode == "finetune" else evaluation.frozen
     rows = score("federated SimCLR", model) + score("random encoder", random_model)

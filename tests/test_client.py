@@ -164,7 +164,7 @@ def test_bfloat16_learns_as_well_as_float32(train, digits):
     labels, found = digits.train.labels, {}
     for dtype in (torch.bfloat16, torch.float32):
         model, _ = train(count=1000, dtype=dtype, local_epochs=3)
-        features = extract_features(model, digits.train.pixels, CPU, torch.float32, 256)
+        features = extract_features(model, digits.train.pixels, CPU, torch.float32, 256, 8)
         parts = features[:1000], labels[:1000], features[1000:], labels[1000:]
         found[dtype] = knn_accuracy(*parts, neighbors=10)
         assert all(p.dtype == torch.float32 for p in model.parameters())

@@ -8,8 +8,8 @@ from features import extract_features, knn_accuracy
 def test_features_come_from_eval_mode_and_leave_no_trace(model, digits):
     model.train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    whole = extract_features(model, digits.test.pixels[:40], CPU, torch.float32, 40)
-    parts = extract_features(model, digits.test.pixels[:40], CPU, torch.float32, 7)
+    whole = extract_features(model, digits.test.pixels[:40], CPU, torch.float32, 40, 8)
+    parts = extract_features(model, digits.test.pixels[:40], CPU, torch.float32, 7, 8)
     assert whole.shape == (40, 512)
     np.testing.assert_allclose(whole, parts, rtol=1e-4, atol=1e-5)  # no batch statistics
     assert model.training
