@@ -10,6 +10,7 @@ from augment import (
     make_augmentation,
     recolor,
     resample,
+    view_size,
 )
 from config import load_config
 
@@ -211,3 +212,10 @@ def test_shares_of_flips_and_blurs_follow_their_probabilities(images):
     blurred = make(blur=0.4, blur_sigma=(1.0, 2.0)).two_views(many, seeded())
     changed = (blurred - plain).abs().amax(dim=(1, 2, 3)) > 1e-3
     assert np.isclose(changed.float().mean(), 0.4, atol=0.03)
+
+
+def test_view_sizes_have_equal_parts_of_the_run():
+    sizes = [view_size([16, 24, 32], 32, number, 7) for number in range(1, 8)]
+    assert sizes == [16, 16, 16, 24, 24, 32, 32]
+    assert [view_size([16, 24, 32], 32, number, 2) for number in (1, 2)] == [16, 24]
+    assert view_size([], 32, 3, 7) == 32

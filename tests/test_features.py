@@ -1,8 +1,9 @@
 import numpy as np
 import torch
 from conftest import CPU
+from PIL import Image
 
-from features import extract_features, knn_accuracy
+from features import extract_features, knn_accuracy, shrink
 
 
 def test_features_come_from_eval_mode_and_leave_no_trace(model, digits):
@@ -30,3 +31,20 @@ def test_knn_lets_near_neighbours_outvote_many_far_ones():
     labels = np.array([0, 1, 1, 1])
     query = np.array([[1, 0.05]], dtype=np.float32)
     assert knn_accuracy(bank, labels, query, np.array([0]), neighbors=4) == 1.0
+
+
+def test_larger_images_are_shrunk_as_pillow_does(rng):
+    large = rng.integers(0, 256, (3, 32, 32), dtype=np.uint8)
+    small = shrink(torch.from_numpy(large)[None].float(), 12)[0]
+    picture = Image.fromarray(large.transpose(1, 2, 0)).resize((12, 12), Image.Resampling.BILINEAR)
+    np.testing.assert_allclose(small, np.array(picture).transpose(2, 0, 1), atol=1.01)  # rounds
+    assert torch.equal(shrink(small[None], 12)[0], small)
+
+
+def test_features_are_those_of_the_shrunk_images(model, digits):
+    small = np.array(digits.test.pixels[:3])
+    enlarged = small.repeat(2, axis=2).repeat(2, axis=3)
+    shrunk = extract_features(model, enlarged, CPU, torch.float32, 3, 8)
+    whole = extract_features(model, enlarged, CPU, torch.float32, 3, 16)
+    own = extract_features(model, small, CPU, torch.float32, 3, 8)
+    assert np.abs(shrunk - own).mean() < np.abs(whole - own).mean()

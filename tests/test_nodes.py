@@ -157,3 +157,11 @@ def test_a_client_whose_process_died_is_asked_once_more(monkeypatch):
     assert answers[0].reply is not None
     assert answers[1].failure == nodes.DIED
     assert gathered.get_node_ids() == [1, 2]  # it is asked again in the next round
+
+
+def test_only_participants_are_asked():
+    grid = Grid(n8=1, n3=2, n5=0)
+    gathered = Nodes(grid, 3, 0, 7, participants=[2, 0])
+    gathered.gather()
+    assert gathered.get_node_ids() == [5, 3]
+    assert [answer.node for answer in ask(gathered)] == [5, 3]

@@ -1,0 +1,129 @@
+"""Run what is still missing of the recorded comparison on CIFAR-10.
+
+    python benchmarks/sweep.py --list
+    python benchmarks/sweep.py --path=cifar10-parquet             # hours; can be interrupted
+    python benchmarks/sweep.py --path=cifar10-parquet --only clients-2 seed0
+
+Every run is `python main.py experiment=cifar10_sweep` with a few overrides, and
+some are evaluated again with other numbers of labels. Their small files go to
+results/sweep/NAME/seedN: configuration, metrics of every round, evaluations with
+commit, versions and hardware, and the commands with their wall times. What is
+there already is skipped.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "results" / "sweep"
+SEEDS = (0, 1, 2)
+BUDGET = "experiment=cifar10_sweep"
+RUNS: dict[str, list[str]] = {
+    "reference": [],
+    "centralized": ["num_clients=1"],
+    "client-alone": ["participants=[0]"],
+    "clients-2": ["num_clients=2"],
+    "clients-4": ["num_clients=4"],
+    "clients-6": ["num_clients=6"],
+    "clients-8": ["num_clients=8"],
+    "clients-10": ["num_clients=10"],
+    "dirichlet": ["partition=dirichlet", "partition.alpha=0.1"],
+    "two-classes": ["partition=pathological", "partition.classes_per_client=2"],
+    "fedavgm": ["strategy=fedavgm"],
+    "fedadam": ["strategy=fedadam"],
+    "two-classes-fedprox": [
+        *("partition=pathological", "partition.classes_per_client=2", "strategy=fedprox")
+    ],
+}
+# Evaluations besides that of main.py, by run.
+EVALUATIONS: dict[str, list[list[str]]] = {
+    "reference": [["label_fraction=0.01"], ["label_fraction=1.0"], ["mode=finetune"]],
+    "centralized": [["label_fraction=0.01"], ["label_fraction=1.0"]],
+}
+
+
+def missing(names: Sequence[str]) -> list[tuple[str, int]]:
+    """List the runs without a record, all of a seed before those of the next."""
+    return [
+        (name, seed)
+        for seed in SEEDS
+        for name in RUNS
+        if not (RECORDS / name / f"seed{seed}" / "commands.json").exists()
+        and (not names or name in names or f"seed{seed}" in names)
+    ]
+
+
+def run_one(name: str, seed: int, path: str, scratch: Path) -> None:
+    """Train and evaluate one run, then put its record in place as a whole."""
+    output = scratch / name / f"seed{seed}"
+    shutil.rmtree(output, ignore_errors=True)
+    run = output / "run"
+    commands = [["main.py", BUDGET, *RUNS[name], f"seed={seed}"]]
+    places = [f"dataset.path={path}", f"output_dir={output}", f"run_dir={run}"]
+    times = [time_command([*commands[0], *places])]
+    for more in EVALUATIONS.get(name, []):
+        commands.append(["test.py", *more])
+        times.append(time_command([*commands[-1], f"run={run}"]))
+    told = [
+        {"command": " ".join(["python", *command]), "wall_s": round(wall, 1)}
+        for command, wall in zip(commands, times, strict=True)
+    ]
+    keep_record(run, RECORDS / name / f"seed{seed}", told)
+    shutil.rmtree(output)
+
+
+def time_command(command: Sequence[str]) -> float:
+    """Run a program of the project and give its wall time in seconds."""
+    print(f"python {' '.join(command)}", flush=True)
+    began = time.perf_counter()
+    if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
+        raise SystemExit(f"failed: python {' '.join(command)}")
+    return time.perf_counter() - began
+
+
+def keep_record(run: Path, record: Path, commands: list[dict]) -> None:
+    """Copy the small files of a run, without the places of this machine."""
+    partial = record.with_name(f".{record.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    config = OmegaConf.load(run / "config.yaml")
+    config.dataset.path = None
+    for key in ("output_dir", "run_dir", "cache_dir"):
+        del config[key]
+    OmegaConf.save(config, partial / "config.yaml")
+    for name in ("metrics.jsonl", "results.json"):
+        shutil.copy(run / name, partial)
+    (partial / "commands.json").write_text(json.dumps(commands, indent=2) + "\n")
+    shutil.rmtree(record, ignore_errors=True)
+    partial.rename(record)
+
+
+def main() -> None:
+    """Run what is missing, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--path", help="a local copy of uoft-cs/cifar10")
+    parser.add_argument("--only", nargs="*", default=[], help="names of runs, or seedN")
+    parser.add_argument("--list", action="store_true", help="only tell what is missing")
+    parser.add_argument("--scratch", type=Path, default=ROOT / "outputs" / "sweep")
+    given = parser.parse_args()
+    left = missing(given.only)
+    print(f"{len(left)} of {len(RUNS) * len(SEEDS)} runs are missing")
+    if given.list:
+        print("\n".join(f"  {name} seed{seed}: {' '.join(RUNS[name])}" for name, seed in left))
+        return
+    if left and not given.path:
+        parser.error("--path is missing: a local copy of uoft-cs/cifar10")
+    for name, seed in left:
+        run_one(name, seed, str(Path(given.path).resolve()), given.scratch)
+
+
+if __name__ == "__main__":
+    main()
