@@ -37,11 +37,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from augment import make_augmentation  # noqa: E402
-from client import local_train, make_optimization  # noqa: E402
 from config import load_config  # noqa: E402
 from model import build_model, nt_xent  # noqa: E402
 from resources import count_cores  # noqa: E402
 from rundir import provenance  # noqa: E402
+from training import local_train, make_optimization  # noqa: E402
 from utils import choose_device, choose_dtype, generator_for, open_image_set  # noqa: E402
 
 CASES = [("resnet18", "imagenet"), ("resnet18", "conv3x3_stride1"), ("resnet50", "imagenet")]

@@ -17,10 +17,10 @@ LEVELS = [
     {"environment", "errors", "health"},
     {"augment", "config", "display", "files", "link", "model", "nodes", "resources", "sources"}
     | {"wire"},
-    {"certificates", "checkpoints", "features", "launch_checks", "updates", "utils"},
+    {"certificates", "checkpoints", "features", "launch_checks", "training", "updates", "utils"},
     {"client", "figures", "launch", "rundir", "strategies"},
     {"resume", "server", "test"},
-    {"app", "main"},
+    {"app", "gather", "main"},
 ]
 README = (ROOT / "README.md").read_text()
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from augment import make_augmentation
-from client import Optimization, cosine, local_loss, local_train, make_optimization
 from features import extract_features, knn_accuracy
 from model import build_model
+from training import Optimization, cosine, hold_images, local_loss, local_train, make_optimization
 from utils import choose_dtype, generator_for
 
 CPU = torch.device("cpu")
@@ -31,11 +31,19 @@ def train(config, digits, settings):
     """Train a fresh model on the first images; return it with the result."""
     augmentation = make_augmentation(config.augment, 8)
 
-    def run(count=64, seed=0, proximal_mu=0.0, dtype=torch.float32, run_part=(0, 1), **changes):
+    def run(
+        count=64,
+        seed=0,
+        proximal_mu=0.0,
+        dtype=torch.float32,
+        run_part=(0, 1),
+        pixels=None,
+        **changes,
+    ):
         model = build_model(config.model, config.dataset, 0, CPU)
         result = local_train(
             model,
-            digits.train.pixels,
+            digits.train.pixels if pixels is None else pixels,
             np.arange(count),
             augmentation,
             replace(settings, **changes),
@@ -89,6 +97,13 @@ def test_the_seed_decides_the_bytes(train):
     assert state_bytes(first) != state_bytes(other)
 
 
+def test_images_held_as_a_tensor_give_the_same_bytes(train, digits):
+    """As a GPU holds them."""
+    held = train(pixels=torch.from_numpy(np.array(digits.train.pixels)))[0]
+    assert state_bytes(held) == state_bytes(train()[0])
+    assert hold_images(digits.train.pixels, CPU) is digits.train.pixels
+
+
 @pytest.mark.parametrize(("count", "images"), [(2, 2), (31, 31), (33, 32), (70, 64)])
 def test_a_client_uses_the_batches_it_can_fill(train, count, images):
     assert train(count=count)[1].images == images
@@ -128,7 +143,7 @@ def test_fedprox_keeps_the_weights_near_the_global_ones(train, config):
 
 
 def test_fedprox_adds_the_gradient_of_its_term(config):
-    from client import _pull
+    from training import _pull
 
     model = build_model(config.model, config.dataset, 0, CPU)
     anchor = [p.detach().clone() for p in model.parameters()]
