@@ -21,6 +21,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
 from errors import UserError
+from terminal import paint
 
 INTERRUPT_GRACE_S = 15.0
 CONF = Path(__file__).resolve().parent / "conf"
@@ -34,6 +35,7 @@ HYDRA_OPTIONS = {
     *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"),
     *("--config-dir", "-cd", "--experimental-rerun", "--info", "-i"),
 }
+SWITCHES = {"--quiet"}  # ours that need no value
 INFORMATIVE = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i"} | {
     *("--shell-completion", "-sc"),
 }
@@ -116,6 +118,9 @@ NULLABLE: dict[str, tuple[type, ...]] = {
 }
 CHOICES: dict[str, tuple[str, ...]] = {
     "precision": ("auto", "float32", "bfloat16"),
+    "dataset.source": ("digits", "hub", "imagefolder"),
+    "partition.partition_by": ("label", "class_group"),
+    "partition.class_assignment_mode": ("deterministic", "first-deterministic", "random"),
     "model.encoder": ("resnet18", "resnet50"),
     "model.stem": ("auto", "conv3x3_stride1", "conv3x3_stride2", "imagenet"),
     "mode": ("linear", "finetune"),
@@ -139,13 +144,20 @@ def flags_to_overrides(arguments: Sequence[str]) -> list[str]:
             result += [argument] if has_value or not rest else [argument, rest.pop(0)]
         elif argument.startswith("--"):
             if not has_value:
-                if not rest or rest[0].startswith("--"):
-                    raise UserError(f"{argument} needs a value, as in {argument}=5")
-                value = rest.pop(0)
+                value = _value_of(argument, rest)
             result.append(f"{name[2:].replace('-', '_')}={value}")
         else:
             result.append(argument)
     return result
+
+
+def _value_of(flag: str, rest: list[str]) -> str:
+    """Take a flag's value from the arguments behind it."""
+    if flag in SWITCHES and (not rest or rest[0] not in ("true", "false")):
+        return "true"
+    if not rest or rest[0].startswith("--"):
+        raise UserError(f"{flag} needs a value, as in {flag}=5")
+    return rest.pop(0)
 
 
 def is_informative(arguments: Iterable[str]) -> bool:
@@ -203,10 +215,11 @@ def flatten(config: DictConfig) -> dict[str, Any]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Name the nearest known word for the end of a message, or all if none is near."""
+    """Name the known words for the end of a message, and the nearest if one is near."""
     known = list(known)
+    every = f"known: {', '.join(known)}"
     close = get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+    return f"did you mean {close[0]}? ({every})" if close else every
 
 
 def _is_group_choice(override: str) -> bool:
@@ -250,6 +263,10 @@ def _explain(message: str, given: Sequence[str], known: DictConfig | None) -> st
 
 def _check_value(key: str, value: Any, default: Any) -> None:
     short = key.removeprefix("eval.")  # test.yaml has the same keys at its top
+    if short in CHOICES:
+        if value not in CHOICES[short]:
+            raise UserError(f"{key}={value}: {nearest(str(value), CHOICES[short])}")
+        return
     allowed = NULLABLE.get(key)
     if value is None and (allowed or default is None):
         return
@@ -261,8 +278,6 @@ def _check_value(key: str, value: Any, default: Any) -> None:
             _check_whole_numbers(key, value, *WHOLE_NUMBERS[key])
         else:
             _check_list(key, value, len(default))
-    if short in CHOICES and value not in CHOICES[short]:
-        raise UserError(f"{key}={value}: {nearest(str(value), CHOICES[short])}")
     if short in RANGES:
         _check_range(key, value, *RANGES[short])
 
@@ -337,7 +352,10 @@ def run_entry(
     try:
         with _one_line():
             arguments = flags_to_overrides(sys.argv[1:])
-            if not is_informative(arguments):
+            if is_informative(arguments):
+                given = [a for a in arguments if "=" in a and not a.startswith("-")]
+                load_config(name, [] if {"-sc", "--shell-completion"} & set(arguments) else given)
+            else:
                 arguments = complete(arguments)
                 for overrides in jobs_of(arguments):
                     check(load_config(name, overrides))
@@ -369,10 +387,10 @@ def _one_line() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(paint(f"error: {error}", "error", sys.stderr), file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        print(f"failed: {error}", file=sys.stderr)
+        print(paint(f"failed: {error}", "error", sys.stderr), file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as error:
         _leave(f"interrupted{f': {error}' if str(error) else ''}")

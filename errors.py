@@ -1,4 +1,6 @@
-"""The one exception that ends a program with a line instead of a traceback."""
+"""The one exception that ends a program with a line instead of a traceback, and what warns."""
+
+WARNING = "warning: "  # begins the reported lines that --quiet leaves
 
 
 class UserError(Exception):

@@ -7,6 +7,10 @@ python main.py resume=latest
 """
 
 import environment  # noqa: F401  isort: skip
+from answers import answer
+
+if __name__ == "__main__":
+    answer("config")  # before the imports below, which take seconds
 
 import logging
 from pathlib import Path
@@ -23,8 +27,8 @@ from omegaconf import DictConfig
 from checkpoints import Checkpoint
 from client import make_client_app, simulated
 from config import run_entry
-from display import RoundProgress, print_results
-from errors import UserError
+from display import RoundProgress, Waiting, make_report, print_results
+from errors import WARNING, UserError
 from figures import draw_loss_graph
 from files import check_writable
 from model import build_model
@@ -74,7 +78,8 @@ def prepare(config: DictConfig) -> tuple[ClientResources, ImageSet]:
             f"partitions are 0 to {config.num_clients - 1}"
         )
     check_writable(Path(config.run_dir))
-    image_set = open_image_set(config.dataset, config.cache_dir, config.seed, report=print)
+    report = make_report(config.quiet)
+    image_set = open_image_set(config.dataset, config.cache_dir, config.seed, report)
     parts = partition_rows(image_set.train, config.num_clients, config.partition, config.seed)
     for rows in parts:
         split_held_out(rows, config.held_out)
@@ -121,13 +126,14 @@ def simulate(
     }
     done = checkpoint.round if checkpoint else 0
     stop = Event()
-    with RoundProgress(config.num_rounds, done) as progress:
+    with RoundProgress(config.num_rounds, done, config.quiet) as progress:
         server_app = ServerApp()
 
         @server_app.main()
         def serve(grid: Grid, context: Context) -> None:
             nodes = Nodes.of(grid, config, stop=stop)
-            Federation(nodes, config, run, image_set, progress.show, checkpoint).train()
+            shown = (progress.show, checkpoint, progress.follow)
+            Federation(nodes, config, run, image_set, *shown).train()
 
         clients = client_app or make_client_app(simulated(config))
         try:
@@ -136,8 +142,10 @@ def simulate(
             stop.set()  # the server's thread would wait for clients that are gone
 
 
-def print_opening(config: DictConfig, resources: ClientResources, image_set: ImageSet) -> None:
-    """Say what is about to run: data, clients at a time, device, precision, model."""
+def print_opening(
+    config: DictConfig, resources: ClientResources, image_set: ImageSet, run: RunDirectory
+) -> None:
+    """Say what is about to run and where: data, model, clients at a time, device, precision."""
     device = choose_device(resources.num_gpus)
     dtype = str(choose_dtype(config.precision, device)).removeprefix("torch.")
     share = f" and {resources.num_gpus:g} GPU" if resources.num_gpus else ""
@@ -154,14 +162,12 @@ def print_opening(config: DictConfig, resources: ClientResources, image_set: Ima
         f"  data       {config.dataset.name}, {count:,} images of {side} x {side} pixels, "
         f"dealt out by {partitioner}"
     )
-    if image_set.unreadable:
-        names = name_some(image_set.unreadable)
-        print(f"             {len(image_set.unreadable)} unreadable files left out: {names}")
     print(f"  model      {config.model.encoder}, {model.stem} stem, {weights / 1e6:.1f} M weights")
     print(
         f"  running    {resources.at_a_time} client{'s' if resources.at_a_time > 1 else ''} at a "
         f"time, each on {cores}{share}, device {device.type}, precision {dtype}"
     )
+    print(f"  directory  {show_path(run.path)}\n")
 
 
 def print_ending(config: DictConfig, run: RunDirectory, labelled: bool) -> None:
@@ -194,7 +200,7 @@ def open_run(config: DictConfig, image_set: ImageSet) -> tuple[RunDirectory, Che
     given = HydraConfig.get().overrides.task
     overrides = [o for o in given if not o.startswith(("resume=", "run_dir="))]
     if config.resume is not None:
-        return reopen(config, image_set, overrides, print)
+        return reopen(config, image_set, overrides, make_report(config.quiet))
     return RunDirectory.create(Path(HydraConfig.get().runtime.output_dir), config, overrides), None
 
 
@@ -205,8 +211,13 @@ def train_and_evaluate(config: DictConfig) -> None:
     if config.dataset.path:  # the clients' processes may work elsewhere
         config.dataset.path = str(Path(config.dataset.path).expanduser().resolve())
     run, checkpoint = open_run(config, image_set)
-    print_opening(config, resources, image_set)
-    print(f"  directory  {show_path(run.path)}\n")
+    if image_set.unreadable:
+        names = name_some(image_set.unreadable)
+        make_report(config.quiet)(
+            f"{WARNING}{len(image_set.unreadable)} unreadable files left out: {names}"
+        )
+    if not config.quiet:
+        print_opening(config, resources, image_set, run)
     go_on = f"go on with: python main.py resume={show_path(run.path)}"
     try:
         simulate(config, resources, image_set, run, checkpoint)
@@ -216,11 +227,16 @@ def train_and_evaluate(config: DictConfig) -> None:
         raise KeyboardInterrupt(go_on) from interrupt
     draw_loss_graph(run.read_metrics(), run.path / "loss_graph.png", config.dataset.name)
     labelled = has_labels(image_set)
+    if not config.quiet:
+        print()
     if labelled:
-        print_results(evaluate_run(run, config, config.eval, image_set, run.last_checkpoint()))
+        with Waiting("linear evaluation", config.quiet):
+            result = evaluate_run(run, config, config.eval, image_set, run.last_checkpoint())
+        print_results(result)
     else:
-        print("\nNo labels, so no linear evaluation: embed labelled images to judge the encoder.")
-    print_ending(config, run, labelled)
+        print("No labels, so no linear evaluation: embed labelled images to judge the encoder.")
+    if not config.quiet:
+        print_ending(config, run, labelled)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,12 @@ REPORT_EVERY_S = 15.0
 RESTART_S = 2.0
 DIED = "its process died, killed or for want of memory"
 
+Heard = Callable[[Collection[Message]], None]
+
+
+def ignore(anything: object) -> None:
+    """Do nothing with what one is told."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -50,7 +56,7 @@ class Nodes:
         min_nodes: int,
         wait_s: float,
         timeout_s: float,
-        report: Callable[[str], None] = lambda line: None,
+        report: Callable[[str], None] = ignore,
         stop: Event | None = None,
         participants: Collection[int] = (),
     ) -> None:
@@ -76,7 +82,7 @@ class Nodes:
         cls,
         grid: Grid,
         config: DictConfig,
-        report: Callable[[str], None] = lambda line: None,
+        report: Callable[[str], None] = ignore,
         stop: Event | None = None,
     ) -> "Nodes":
         """Be as patient as the configuration says; min_nodes=null means all clients."""
@@ -153,15 +159,18 @@ class Nodes:
         }
         return [newest[partition] for partition in sorted(newest)]
 
-    def ask(self, messages: Iterable[Message]) -> list[Answer]:
+    def ask(self, messages: Iterable[Message], heard: Heard = ignore) -> list[Answer]:
         """Send messages and wait for the replies, in the order of the partitions.
 
         A client whose process died is asked once more: it may have been another's
         message that killed the process. Nodes that are gone or too slow take no
         further part in the round.
+
+        Args:
+            heard: told of all replies so far, at the start and whenever one comes in.
         """
         messages = list(messages)
-        answers = self._exchange(messages)
+        answers = self._exchange(messages, heard)
         died = [place for place, answer in enumerate(answers) if answer.failure == DIED]
         if died:
             self._pause(RESTART_S)
@@ -172,8 +181,8 @@ class Nodes:
         self._present = [node for node in self._present if node not in gone]
         return sorted(answers, key=lambda answer: self.partition_of[answer.node])
 
-    def _exchange(self, messages: list[Message]) -> list[Answer]:
-        replies = self._send_and_receive(messages)
+    def _exchange(self, messages: list[Message], heard: Heard = ignore) -> list[Answer]:
+        replies = self._send_and_receive(messages, heard)
         answers = []
         for message in messages:
             node = message.metadata.dst_node_id
@@ -188,7 +197,7 @@ class Nodes:
                 answers.append(Answer(node, reply))
         return answers
 
-    def _send_and_receive(self, messages: list[Message]) -> dict[str, Message]:
+    def _send_and_receive(self, messages: list[Message], heard: Heard) -> dict[str, Message]:
         """Send messages and collect replies by the ids of the messages.
 
         The grid's own method waits three seconds between two looks when it goes over HTTP.
@@ -196,9 +205,11 @@ class Nodes:
         waiting = {message_id for message_id in self.grid.push_messages(messages) if message_id}
         replies: dict[str, Message] = {}
         deadline = time.monotonic() + self.timeout_s
+        heard(replies.values())
         while waiting and time.monotonic() < deadline:
             for reply in self.grid.pull_messages(waiting):
                 replies[reply.metadata.reply_to_message_id] = reply
+                heard(replies.values())
             waiting -= replies.keys()
             if waiting:
                 self._pause(REPLY_POLL_S)

@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from checkpoints import Checkpoint, list_checkpoints, list_unfinished, load_checkpoint, remove_after
 from config import flatten, load_config
-from errors import UserError
+from errors import WARNING, UserError
 from files import remove_partial
 from rundir import LATEST, RunDirectory
 from utils import ImageSet
@@ -17,7 +17,7 @@ from utils import ImageSet
 HARMLESS = {
     *("num_rounds", "num_cpus", "num_gpus", "ray_address", "precision", "resume"),
     *("min_nodes", "node_wait_s", "min_results", "round_timeout_s", "max_step_ratio"),
-    *("keep_checkpoints", "output_dir", "run_dir", "cache_dir", "dataset.path"),
+    *("keep_checkpoints", "output_dir", "run_dir", "cache_dir", "dataset.path", "quiet"),
 }
 HARMLESS_GROUPS = ("eval.",)
 
@@ -124,13 +124,13 @@ def newest_intact(run: RunDirectory, report: Report) -> Checkpoint | None:
         UserError: there are some, and all of them are damaged.
     """
     for file in list_unfinished(run.checkpoints):
-        report(f"{file.name} was not finished and is left out")
+        report(f"{WARNING}{file.name} was not finished and is left out")
     files = list_checkpoints(run.checkpoints)
     for file in reversed(files):
         try:
             return load_checkpoint(file)
         except UserError as error:
-            report(f"left out: {error}")
+            report(f"{WARNING}left out: {error}")
     if files:
         raise UserError(
             f"resume={run.path}: all {len(files)} checkpoints are damaged; start a new run"

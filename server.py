@@ -2,11 +2,11 @@
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from flwr.app import ConfigRecord, MessageType
+from flwr.app import ConfigRecord, Message, MessageType
 from omegaconf import DictConfig
 from torch.utils.tensorboard import SummaryWriter
 
@@ -15,7 +15,7 @@ from checkpoints import Checkpoint, save_checkpoint
 from features import extract_features, knn_accuracy
 from health import find_warnings
 from model import build_model, load_state
-from nodes import Nodes
+from nodes import Heard, Nodes, ignore
 from rundir import RunDirectory
 from strategies import aggregate, combinable, make_strategy, remember, restore
 from updates import (
@@ -25,6 +25,7 @@ from updates import (
     check_answers,
     check_steps,
     client_rows,
+    count_images,
     weighted_mean,
 )
 from utils import ImageSet, choose_device, choose_dtype, derive_seed, name_some
@@ -32,6 +33,9 @@ from wire import pack_state
 
 CURVES = ("train_loss", "eval_loss", "knn", "alignment", "uniformity", "effective_rank")
 OnRound = Callable[[Mapping[str, Any]], None]
+# Told while clients are waited for: the phase ("train" or "evaluate"), how many clients
+# have answered and were asked, and the images per second of training, None before the first.
+OnAnswer = Callable[[Mapping[str, Any]], None]
 
 
 class Federation:
@@ -45,6 +49,7 @@ class Federation:
         image_set: ImageSet | None,
         on_round: OnRound,
         checkpoint: Checkpoint | None = None,
+        on_answer: OnAnswer = ignore,
     ) -> None:
         """Build the global model and the strategy, or put them back to a checkpoint.
 
@@ -53,8 +58,10 @@ class Federation:
                 labels, leaves it out.
             on_round: called with the metrics line of every finished round.
             checkpoint: of the last round that was done.
+            on_answer: called with the standing of a round as clients answer.
         """
-        self.nodes, self.config, self.run, self.on_round = nodes, config, run, on_round
+        self.nodes, self.config, self.run = nodes, config, run
+        self.on_round, self.on_answer = on_round, on_answer
         self.image_set = image_set
         self.images = image_set.content if image_set else None
         self.device = choose_device()
@@ -150,7 +157,20 @@ class Federation:
         for message in messages:
             message.content[ARRAYS] = packed  # the whole model, whatever the strategy handles
         expected = state if kind == MessageType.TRAIN else None
-        return check_answers(self.nodes.ask(messages), self.nodes.partition_of, expected)
+        answers = self.nodes.ask(messages, self._watch(kind, len(messages)))
+        return check_answers(answers, self.nodes.partition_of, expected)
+
+    def _watch(self, phase: str, asked: int) -> Heard:
+        """Tell, as replies come in, how far the round is and how fast it goes."""
+        began = time.perf_counter()
+
+        def heard(replies: Collection[Message]) -> None:
+            images = sum(count_images(r) for r in replies if r.has_content())
+            pace = images / (time.perf_counter() - began) if phase == MessageType.TRAIN else 0.0
+            standing = {"phase": phase, "answered": len(replies), "asked": asked}
+            self.on_answer(standing | {"images_per_second": pace or None})
+
+        return heard
 
     def _check_steps(self, updates: list[Update]) -> tuple[list[Update], list[dict[str, Any]]]:
         names = [name for name, _ in self.model.named_parameters()]

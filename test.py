@@ -6,6 +6,11 @@ python test.py checkpoint=FILE
 python test.py mode=finetune            # the encoder is tuned too
 """
 
+from answers import answer
+
+if __name__ == "__main__":
+    answer("test")  # before the imports below, which take seconds
+
 import copy
 import hashlib
 import warnings
@@ -27,7 +32,7 @@ from torch import Tensor, nn
 from augment import Augmentation, make_augmentation, view_size
 from checkpoints import load_checkpoint
 from config import run_entry
-from display import print_results
+from display import Waiting, make_report, print_results
 from errors import UserError
 from features import extract_features, knn_accuracy
 from model import SimCLR, build_model, load_state
@@ -361,7 +366,8 @@ def prepare(settings: DictConfig) -> tuple[RunDirectory, DictConfig, ImageSet, P
     if settings.path:
         config.dataset.path = settings.path
     load_trained(config, checkpoint, choose_device())
-    image_set = open_image_set(config.dataset, settings.cache_dir, config.seed, report=print)
+    report = make_report(settings.quiet)
+    image_set = open_image_set(config.dataset, settings.cache_dir, config.seed, report)
     check_evaluable(settings, image_set, config.seed)
     return run, config, image_set, checkpoint
 
@@ -369,9 +375,13 @@ def prepare(settings: DictConfig) -> tuple[RunDirectory, DictConfig, ImageSet, P
 def evaluate(settings: DictConfig) -> None:
     """Evaluate a run as the command line asks; print and record the result."""
     run, config, image_set, checkpoint = prepare(settings)
-    print(f"Evaluating {checkpoint} on {config.dataset.name}")
-    print_results(evaluate_run(run, config, settings, image_set, checkpoint))
-    print(f"Recorded in {run.results}")
+    if not settings.quiet:
+        print(f"Evaluating {checkpoint} on {config.dataset.name}\n")
+    with Waiting("evaluation", settings.quiet):
+        result = evaluate_run(run, config, settings, image_set, checkpoint)
+    print_results(result)
+    if not settings.quiet:
+        print(f"Recorded in {run.results}")
 
 
 if __name__ == "__main__":

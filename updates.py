@@ -104,6 +104,14 @@ def _read_metrics(content: RecordDict, wanted: Sequence[str]) -> dict[str, float
     return found
 
 
+def count_images(reply: Message) -> float:
+    """Count the images that a client says it trained on; 0 where the reply does not tell."""
+    try:
+        return _read_metrics(reply.content, ("images",))["images"]
+    except ValueError:
+        return 0.0
+
+
 def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Compare an update with the global model.
 

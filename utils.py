@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import sources
-from errors import UserError
+from errors import WARNING, UserError
 from files import sync_folder, write_atomically
 from sources import Encoded, Source, decode
 
@@ -95,7 +95,7 @@ def open_image_set(
     entry = Path(cache_dir).expanduser() / key
     damage = find_damage(entry) if verify and entry.is_dir() else None
     if damage:
-        report(f"The cache {entry} is damaged ({damage}) and is built again.")
+        report(f"{WARNING}the cache {entry} is damaged ({damage}) and is built again")
     if damage or not entry.is_dir():
         _build_cache(entry, spec, path, seed, report)
     return _open_cache(entry)

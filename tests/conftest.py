@@ -1,6 +1,11 @@
 """Fixtures on small real data: scikit-learn's digits and, where present, CIFAR-10."""
 
+import fcntl
 import os
+import pty
+import struct
+import subprocess
+import termios
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +22,24 @@ CIFAR10 = Path(os.environ.get("CIFAR10_DIR", ROOT.parent / "shared" / "data" / "
 CPU = torch.device("cpu")
 
 torch.set_num_threads(os.cpu_count() or 1)
+
+
+def in_terminal(command, columns=80, **variables):
+    """Run a command in a terminal of so many columns; return its status and all that it wrote."""
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    plain = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS")}
+    env = plain | {"TERM": "xterm"} | variables
+    process = subprocess.Popen(list(map(str, command)), stdin=its, stdout=its, stderr=its, env=env)
+    os.close(its)
+    pieces = []
+    try:
+        while piece := os.read(ours, 65536):
+            pieces.append(piece)
+    except OSError:  # how Linux says that the terminal was left
+        pass
+    os.close(ours)
+    return process.wait(), b"".join(pieces).decode()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 import pytest
 
-from config import CONF, flags_to_overrides, flatten, is_informative, jobs_of, load_config
+from config import CHOICES, CONF, flags_to_overrides, flatten, is_informative, jobs_of, load_config
 from errors import UserError
 
 GROUPS = [
@@ -9,6 +9,9 @@ GROUPS = [
     if folder.is_dir()
     for file in sorted(folder.glob("*.yaml"))
 ]
+
+OPEN = {"name", "hub_name", "image_column", "label_column", "train_split", "test_split"}
+OPEN |= {"_target_", "output_dir", "run_dir", "cache_dir"}
 
 
 @pytest.mark.parametrize(
@@ -25,6 +28,10 @@ GROUPS = [
         (["--cfg", "job", "--resolve"], ["--cfg", "job", "--resolve"]),
         (["--cfg=job"], ["--cfg=job"]),
         (["--help"], ["--help"]),
+        (["--quiet", "seed=1"], ["quiet=true", "seed=1"]),
+        (["--quiet"], ["quiet=true"]),
+        (["--quiet", "false"], ["quiet=false"]),
+        (["--quiet=false"], ["quiet=false"]),
     ],
 )
 def test_flags_become_overrides_and_hydras_stay(arguments, overrides):
@@ -35,6 +42,31 @@ def test_flags_become_overrides_and_hydras_stay(arguments, overrides):
 def test_a_flag_without_a_value_is_refused(arguments):
     with pytest.raises(UserError, match="--num_clients needs a value"):
         flags_to_overrides(arguments)
+
+
+@pytest.mark.parametrize("choice", GROUPS)
+def test_a_wrong_option_names_the_valid_ones_and_the_nearest(choice):
+    group, _, option = choice.partition("=")
+    with pytest.raises(UserError) as error:
+        load_config("config", [f"{choice}x"])
+    told = str(error.value)
+    assert told.startswith(f"{choice}x: unknown {group}; ")
+    assert "did you mean " in told
+    options = {file.stem for file in (CONF / group).glob("*.yaml")}
+    assert options == set(told.partition("known: ")[2].rstrip(")").split(", "))
+    assert option in options
+
+
+@pytest.mark.parametrize("wrong", ["foo", "16", "null"])
+@pytest.mark.parametrize("key", CHOICES)
+def test_a_wrong_choice_names_the_valid_ones(key, wrong):
+    brings = {
+        "partition.class_assignment_mode": ["partition=pathological"],
+        "partition.partition_by": ["partition=dirichlet"],
+    }
+    with pytest.raises(UserError) as error:
+        load_config("test" if key == "mode" else "config", [*brings.get(key, []), f"{key}={wrong}"])
+    assert all(choice in str(error.value) for choice in CHOICES[key])
 
 
 def test_hydras_help_needs_no_checks():
@@ -49,8 +81,10 @@ def test_a_sweep_is_every_combination():
 
 
 @pytest.mark.parametrize("choice", GROUPS)
-def test_every_option_composes(choice):
-    assert load_config("config", [choice])
+def test_every_option_composes_and_its_texts_are_open_or_have_known_choices(choice):
+    values = flatten(load_config("config", [choice]))
+    texts = {key.removeprefix("eval.") for key, value in values.items() if isinstance(value, str)}
+    assert {key for key in texts if key.rpartition(".")[2] not in OPEN} <= set(CHOICES)
 
 
 def test_the_promised_defaults():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT
+from conftest import ROOT, in_terminal
 from ray.cluster_utils import Cluster
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -332,4 +333,35 @@ def test_hydras_own_flags_still_work():
     shown = start("main.py", "--cfg", "job", "--num_clients=3")
     assert shown.returncode == 0
     assert "num_clients: 3" in shown.stdout
-    assert "num_clients" in start("main.py", "--help").stdout
+
+
+def test_a_terminal_shows_the_clients_of_a_round_and_bold_is_the_headline_alone(
+    tmp_path, cache_dir
+):
+    command = [sys.executable, ROOT / "main.py", *SMALL, FAST, "eval.seeds=1"]
+    places = [f"output_dir={tmp_path}", f"cache_dir={cache_dir}"]
+    status, text = in_terminal([*command, *places])
+    assert status == 0, text
+    assert re.search(
+        r"round 1/2 \|.*\| [12]/2 clients trained, [\d,]+ images/s, \d\d:\d\d left", text
+    )
+    bold = re.findall(r"\x1b\[1m(.*?)\x1b\[0m", text)
+    assert len(bold) == 1
+    assert "federated SimCLR" in bold[0]
+    last = [line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").split("\n")]
+    assert not any("clients" in line and "|" in line for line in last)  # the bar is gone
+    for noise in ("WARN", "INFO", "Deprecat"):
+        assert noise not in text
+
+
+def test_quiet_leaves_the_table(tmp_path, cache_dir):
+    places = [f"output_dir={tmp_path}", f"cache_dir={cache_dir}"]
+    less = ["--num_rounds=1", FAST, "eval.seeds=1"]
+    done = start("main.py", "--quiet", *SMALL[:2], *SMALL[4:], *less, *places)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("Linear evaluation: ")
+    assert len(lines) == 6
+    again = start("test.py", "--quiet", f"--run={tmp_path}/latest", "seeds=1", *places[1:])
+    assert (again.returncode, again.stderr) == (0, "")
+    assert again.stdout == done.stdout

@@ -123,6 +123,15 @@ def test_absent_nodes_are_named_and_left_out_of_the_rest_of_the_round(value, rea
     assert gathered.get_node_ids() == [1, 2]  # the next round asks it again
 
 
+def test_replies_are_told_of_as_they_come_in():
+    gathered = Nodes(Grid(n1=0, n2=1, n3=2), 3, 0, 7)
+    gathered.gather()
+    messages = [Message(RecordDict(), node, "train") for node in gathered.get_node_ids()]
+    counts = []
+    gathered.ask(messages, lambda replies: counts.append(len(replies)))
+    assert counts == [0, 1, 2, 3]
+
+
 def test_a_client_that_failed_stays_in_the_round():
     grid = Grid(n1=0, n2=1)
     gathered = Nodes(grid, 2, 0, 7)

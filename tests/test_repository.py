@@ -14,10 +14,11 @@ from config import flags_to_overrides, load_config
 
 # Who may import whom: a module imports only from lower levels, never its own.
 LEVELS = [
-    {"environment", "errors", "health"},
+    {"environment", "errors", "health", "terminal"},
     {"augment", "config", "display", "files", "link", "model", "nodes", "resources", "sources"}
     | {"wire"},
-    {"certificates", "checkpoints", "features", "launch_checks", "training", "updates", "utils"},
+    {"answers", "certificates", "checkpoints", "features", "launch_checks", "training", "updates"}
+    | {"utils"},
     {"client", "figures", "launch", "rundir", "strategies"},
     {"resume", "server", "test"},
     {"app", "gather", "main"},

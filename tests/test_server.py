@@ -12,7 +12,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from checkpoints import list_checkpoints, load_checkpoint
 from client import make_client_app, simulated
 from config import CONF, load_config
-from nodes import Nodes
+from nodes import Nodes, ignore
 from rundir import RunDirectory
 from server import Federation
 from strategies import make_strategy
@@ -66,7 +66,7 @@ class LocalGrid:
 def federate(config, digits, tmp_path):
     """Train with some overrides; return the federation after its rounds."""
 
-    def run(*overrides, tamper=lambda partition, reply: reply, checkpoint=None):
+    def run(*overrides, tamper=lambda partition, reply: reply, checkpoint=None, on_answer=ignore):
         given = [f"cache_dir={config.cache_dir}", "num_clients=3", "num_rounds=2", "num_cpus=2"]
         given += ["train.max_steps=1", "train.local_epochs=1", "precision=float32", FAST]
         changed = load_config("config", [*given, f"output_dir={tmp_path}", *overrides])
@@ -74,7 +74,9 @@ def federate(config, digits, tmp_path):
         rows = []
         grid = LocalGrid(changed, tamper)
         nodes = Nodes.of(grid, changed)
-        federation = Federation(nodes, changed, directory, digits, rows.append, checkpoint)
+        federation = Federation(
+            nodes, changed, directory, digits, rows.append, checkpoint, on_answer
+        )
         federation.train()
         assert directory.read_metrics() == rows
         return federation, rows, grid
@@ -127,6 +129,29 @@ def test_fedavg_is_the_mean_weighted_by_samples(federate):
     losses = [client["train_loss"] for client in rows[0]["clients"]]
     sizes = [client["num_examples"] for client in rows[0]["clients"]]
     assert rows[0]["train_loss"] == pytest.approx(np.average(losses, weights=sizes))
+
+
+def test_the_standing_of_a_round_is_told_as_clients_answer(federate):
+    told = []
+
+    def lose(partition, reply):
+        if partition != 2:
+            return reply
+        error = Message(Error(2, "lost"), reply_to=reply)
+        error.metadata.__dict__["_reply_to_message_id"] = reply.metadata.reply_to_message_id
+        return error
+
+    _, (row,), _ = federate("num_rounds=1", tamper=lose, on_answer=told.append)
+    train, evaluate = told[:4], told[4:]
+    assert [(s["phase"], s["answered"], s["asked"]) for s in train] == [
+        ("train", answered, 3) for answered in range(4)
+    ]
+    assert [(s["phase"], s["answered"], s["asked"]) for s in evaluate] == [
+        ("evaluate", answered, 3) for answered in range(4)
+    ]
+    assert train[0]["images_per_second"] is None
+    # Two clients' images, over no more than the time until the average is made.
+    assert train[-1]["images_per_second"] >= row["images_per_second"] > 0
 
 
 def test_the_order_of_replies_does_not_change_a_byte(federate):

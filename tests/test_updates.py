@@ -10,7 +10,7 @@ import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from updates import Update, check_steps, read_update
+from updates import Update, check_steps, count_images, read_update
 from wire import pack_state
 
 # Flower sets these before it runs an app; a message can't be made without them.
@@ -31,6 +31,12 @@ def test_a_sound_update_is_taken():
     update = read_update(4, reply(), EXPECTED)
     assert (update.partition, update.num_examples) == (4, 5)
     assert update.state.keys() == EXPECTED.keys()
+
+
+@pytest.mark.parametrize("broken", [{"images": None}, {"images": math.nan}, {"images": [1]}])
+def test_images_are_counted_where_a_reply_tells_them(broken):
+    assert count_images(reply(images=640)) == 640
+    assert count_images(reply(**broken)) == 0
 
 
 STATES = {
