@@ -92,6 +92,9 @@ RANGES: dict[str, tuple] = {
     "encoder_learning_rate": POSITIVE,
     "weight_decay": (0, inf),
     "knn_neighbors": (1, inf),
+    "map_images": (2, inf),
+    "perplexity": (1, inf),
+    "queries": (1, inf),
 }
 # Lists of any length: lowest and highest item.
 WHOLE_NUMBERS: dict[str, tuple[int, float]] = {
@@ -262,7 +265,8 @@ def _explain(message: str, given: Sequence[str], known: DictConfig | None) -> st
 
 
 def _check_value(key: str, value: Any, default: Any) -> None:
-    short = key.removeprefix("eval.")  # test.yaml has the same keys at its top
+    # test.yaml and report.yaml have the keys of these groups at their top.
+    short = key.removeprefix("eval.").removeprefix("figures.")
     if short in CHOICES:
         if value not in CHOICES[short]:
             raise UserError(f"{key}={value}: {nearest(str(value), CHOICES[short])}")

@@ -176,17 +176,26 @@ def _cell(value: float | None, form: str) -> str:
     return format(value, form) if value is not None else "-".rjust(int(form.split(".")[0]))
 
 
-def print_results(result: Mapping[str, Any]) -> None:
-    """Print the table of an evaluation: top-1, mean and spread over the seeds."""
-    protocol, rows = result["protocol"], result["rows"]
-    count, labelled, tested = protocol["seeds"], result["labelled_images"], result["test_images"]
+def evaluation_title(result: Mapping[str, Any]) -> str:
+    """Say in a line how an evaluation was made."""
+    protocol, count = result["protocol"], result["protocol"]["seeds"]
     title = "Linear evaluation" if result["mode"] == "linear" else "Fine-tuning"
-    print(
-        f"{title}: {100 * protocol['label_fraction']:g} % of the labels ({labelled:,}), "
-        f"{protocol['epochs']} epochs, top-1 on all {tested:,} test images, "
-        f"{count} {'seeds' if count > 1 else 'seed'}"
+    return (
+        f"{title}: {100 * protocol['label_fraction']:g} % of the labels "
+        f"({result['labelled_images']:,}), {protocol['epochs']} epochs, top-1 on all "
+        f"{result['test_images']:,} test images, {count} {'seeds' if count > 1 else 'seed'}"
     )
-    for place, row in enumerate(rows):
-        spread = f" ± {100 * row['std']:.1f}" if row["std"] is not None else ""
-        line = f"  {row['encoder']:17} {row['method']:20} {100 * row['mean']:5.1f}{spread} %"
+
+
+def top1(row: Mapping[str, Any]) -> str:
+    """Write a row's accuracy in percent: its mean, and the spread over the seeds."""
+    spread = f" ± {100 * row['std']:.1f}" if row["std"] is not None else ""
+    return f"{100 * row['mean']:.1f}{spread} %"
+
+
+def print_results(result: Mapping[str, Any]) -> None:
+    """Print the table of an evaluation."""
+    print(evaluation_title(result))
+    for place, row in enumerate(result["rows"]):
+        line = f"  {row['encoder']:17} {row['method']:20} {top1(row):>13}"
         print(paint(line, "strong", sys.stdout) if place == 0 else line)

@@ -1,32 +1,31 @@
-"""Pictures: the loss graph of a run, and those of the README.
+"""Pictures of a run: arrays in, a PNG out, each written as a whole."""
 
-python figures.py       # draws images/ again
-"""
-
-import json
 import math
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from sklearn.neighbors import NearestNeighbors
 
-from augment import make_augmentation
-from config import load_config
-from utils import generator_for, open_image_set
+from files import write_atomically
+from health import COLLAPSED_RANK, COLLAPSED_UNIFORMITY
 
-HERE = Path(__file__).resolve().parent
-RECORDED_RUN = HERE / "results" / "digits" / "seed0"
 BLUE, ORANGE, INK = "#2a6fb0", "#c8571b", "#333333"
-NT_XENT = (
-    r"$\ell_{i,j} = -\log\;\frac{\exp(\mathrm{sim}(z_i, z_j)/\tau)}"
-    r"{\sum_{k=1}^{2N} 1_{[k \neq i]}\,\exp(\mathrm{sim}(z_i, z_k)/\tau)}$"
+WIDTH = 5.2  # inches: the letters stay readable on a phone
+NEAREST = 8  # neighbours beside each query
+MAX_COLUMNS = 50  # partitions that fit side by side
+MAX_NAMES = 20  # classes with a name and a colour that can be told apart
+HEALTH = (
+    ("effective_rank", "effective rank", COLLAPSED_RANK),
+    ("uniformity", "uniformity", COLLAPSED_UNIFORMITY),
+    ("alignment", "alignment", None),
 )
-SIMILARITY = r"$\mathrm{sim}(u, v) = u^{\top} v \,/\, (\|u\|\,\|v\|)$"
 
 
 def draw_loss_graph(metrics: Sequence[Mapping[str, Any]], file: Path, dataset: str) -> None:
@@ -36,71 +35,162 @@ def draw_loss_graph(metrics: Sequence[Mapping[str, Any]], file: Path, dataset: s
         metrics: the lines of metrics.jsonl.
         dataset: its name, for the title.
     """
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     axes = figure.add_subplot()
     rounds = [line["round"] for line in metrics]
     for key, name, color, marker in (
         ("train_loss", "train", BLUE, "o"),
         ("eval_loss", "evaluation (held-out images)", ORANGE, "s"),
     ):
-        means = [math.nan if line[key] is None else line[key] for line in metrics]
-        axes.plot(rounds, means, color=color, marker=marker, label=name)
+        axes.plot(rounds, _column(metrics, key), color=color, marker=marker, label=name)
         clients = [[c[key] for c in line["clients"] if key in c] or [math.nan] for line in metrics]
         low, high = [min(values) for values in clients], [max(values) for values in clients]
         axes.fill_between(rounds, low, high, color=color, alpha=0.15, linewidth=0)
     count = max(len(line["clients"]) for line in metrics)
     axes.set_title(f"SimCLR on {dataset}, {count} clients", color=INK, loc="left")
-    axes.set_xlabel("round")
-    axes.set_ylabel("NT-Xent loss (nats)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
+    _style(axes, "NT-Xent loss (nats)")
     axes.legend(title="mean over clients; band: all clients", frameon=False, alignment="left")
-    figure.savefig(file, dpi=150)
+    _save(figure, file)
 
 
-def draw_formula(file: Path) -> None:
-    """Typeset NT-Xent, equation 1 of the SimCLR paper."""
-    with matplotlib.rc_context({"mathtext.fontset": "cm"}):
-        figure = Figure(figsize=(6.4, 1.5))
-        figure.text(0.5, 0.64, NT_XENT, ha="center", va="center", fontsize=20, color=INK)
-        figure.text(0.5, 0.14, SIMILARITY, ha="center", va="center", fontsize=13, color=INK)
-        figure.savefig(file, dpi=150)
+def draw_knn(metrics: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Plot the kNN accuracy over rounds; `knn` of the metrics lines is 0 to 1 or None."""
+    figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([line["round"] for line in metrics], _column(metrics, "knn"), color=BLUE, marker="o")
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    _style(axes, "kNN accuracy, top-1")
+    _save(figure, file)
 
 
-def draw_views(file: Path, overrides: Sequence[str], count: int = 8) -> None:
-    """Show training images above two random views of each.
+def draw_health(metrics: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Plot effective rank, uniformity and alignment over rounds, one above the other."""
+    figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
+    panels = figure.subplots(len(HEALTH), sharex=True)
+    for axes, (key, name, limit) in zip(panels, HEALTH, strict=True):
+        axes.plot([line["round"] for line in metrics], _column(metrics, key), BLUE, marker="o")
+        if limit is not None:
+            axes.axhline(limit, color=ORANGE, linestyle="--", label="collapsed")
+            axes.legend(frameon=False, fontsize="small")
+        _style(axes, name)
+        axes.label_outer()
+    _save(figure, file)
+
+
+def draw_map(
+    maps: Mapping[str, np.ndarray], labels: np.ndarray, class_names: Sequence[str], file: Path
+) -> None:
+    """Show maps of the same images side by side, coloured by class.
 
     Args:
-        overrides: which data set and views, as for main.py.
+        maps: by title, points (N, 2).
+        labels: int64 (N,), indices of class_names. The legend is left out where
+            there are more classes than colours.
     """
-    config = load_config("config", overrides)
-    images = open_image_set(config.dataset, config.cache_dir, config.seed).train.pixels[:count]
-    augmentation = make_augmentation(config.augment, config.dataset.image_size)
-    views = augmentation.two_views(
-        torch.from_numpy(np.array(images)), generator_for(config.seed, "figure")
-    )
-    rows = [images / 255, views[:count].numpy(), views[count:].numpy()]
-    figure = Figure(figsize=(6.4, 2.6), layout="constrained")
-    grid = figure.subplots(3, count)
-    for name, pictures, line in zip(("image", "view 1", "view 2"), rows, grid, strict=True):
-        for picture, axes in zip(pictures, line, strict=True):
-            axes.imshow(picture.transpose(1, 2, 0), interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_visible(False)
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", color=INK)
-    figure.savefig(file, dpi=150)
+    few = len(class_names) <= MAX_NAMES
+    figure = Figure(figsize=(WIDTH, 3.6 if few else 2.9), layout="constrained")
+    colors = _class_colors(len(class_names))
+    for axes, (title, points) in zip(figure.subplots(1, len(maps)), maps.items(), strict=True):
+        for label, (name, color) in enumerate(zip(class_names, colors, strict=True)):
+            dots = points[labels == label]
+            axes.scatter(dots[:, 0], dots[:, 1], s=5, color=color, linewidth=0, label=name)
+        axes.set_title(title, color=INK, fontsize="medium")
+        axes.set(xticks=[], yticks=[], box_aspect=1)
+        axes.spines[:].set_color("#dddddd")
+    if few:
+        names = axes.get_legend_handles_labels()
+        figure.legend(*names, loc="outside lower center", ncols=5, frameon=False, markerscale=2.5)
+    _save(figure, file)
 
 
-def main() -> None:
-    """Draw every picture of images/."""
-    folder = HERE / "images"
-    folder.mkdir(exist_ok=True)
-    draw_formula(folder / "loss_eq.png")
-    draw_views(folder / "views.png", [])
-    lines = (RECORDED_RUN / "metrics.jsonl").read_text().splitlines()
-    draw_loss_graph([json.loads(line) for line in lines], folder / "loss_graph.png", "digits")
+def draw_neighbours(
+    pixels: np.ndarray, features: np.ndarray, file: Path, queries: Sequence[int]
+) -> None:
+    """Show images beside those whose features are most similar by cosine, nearest first.
+
+    Args:
+        pixels: uint8 (N, 3, H, W).
+        features: float32 (N, D) of the same images.
+        queries: rows of them.
+    """
+    search = NearestNeighbors(metric="cosine").fit(features)
+    count = min(NEAREST, len(features) - 1)
+    found = search.kneighbors(features[list(queries)], count + 1, return_distance=False)
+    figure = Figure(figsize=(WIDTH, 0.62 * len(queries) + 0.3), layout="constrained")
+    widths = {"width_ratios": [1, 0.3, *[1] * count]}  # a gap behind the query
+    grid = figure.subplots(len(queries), count + 2, squeeze=False, gridspec_kw=widths)
+    for line, query, near in zip(grid, queries, found, strict=True):
+        others = [row for row in near if row != query][:count]
+        for axes in line:
+            axes.set_axis_off()
+        for axes, row in zip([line[0], *line[2:]], [query, *others], strict=True):
+            axes.imshow(pixels[row].transpose(1, 2, 0), interpolation="nearest")
+    grid[0, 0].set_title("image", color=INK, fontsize="medium")
+    grid[0, 2].set_title("nearest first", color=INK, fontsize="medium", loc="left")
+    _save(figure, file)
 
 
-if __name__ == "__main__":
-    main()
+def draw_partitions(counts: np.ndarray, class_names: Sequence[str], file: Path) -> None:
+    """Show how many images of each class every partition holds.
+
+    Args:
+        counts: int (partitions, classes). Up to 50 partitions are columns of a
+            grid; more are summed up in two histograms.
+    """
+    if len(counts) > MAX_COLUMNS:
+        return _draw_spread(counts, file)
+    height = 0.24 * min(len(class_names), MAX_NAMES) + 0.9
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.add_subplot()
+    shown = axes.imshow(counts.T, cmap="Blues", vmin=0, aspect="auto", interpolation="nearest")
+    if len(class_names) <= MAX_NAMES:
+        axes.set_yticks(range(len(class_names)), class_names)
+    axes.set_ylabel("class")
+    if len(counts) <= 10:
+        for (partition, label), count in np.ndenumerate(counts):
+            color = "white" if count > counts.max() / 2 else INK
+            axes.text(partition, label, count, ha="center", va="center", color=color, fontsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlabel("partition")
+    axes.spines[:].set_visible(False)
+    figure.colorbar(shown, label="images").outline.set_visible(False)
+    return _save(figure, file)
+
+
+def _draw_spread(counts: np.ndarray, file: Path) -> None:
+    """Sum many partitions up: how large they are, and how many classes they mix."""
+    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    sizes = counts.sum(axis=1)
+    shares = counts / sizes.clip(min=1)[:, None]
+    mixed = np.exp(-(shares * np.log(shares, where=shares > 0, out=np.zeros_like(shares))).sum(1))
+    names = ("images", "classes, those with few images counting less (exp of the entropy)")
+    for axes, values, name in zip(figure.subplots(2), (sizes, mixed), names, strict=True):
+        axes.hist(values, bins=20, color=BLUE)
+        _style(axes, "partitions", name)
+    _save(figure, file)
+
+
+def _class_colors(count: int) -> np.ndarray:
+    """Pick a colour for each class, RGBA (count, 4)."""
+    if count > MAX_NAMES:
+        return matplotlib.colormaps["turbo"](np.linspace(0, 1, count))
+    return matplotlib.colormaps["tab10" if count <= 10 else "tab20"](range(count))
+
+
+def _column(metrics: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    values = [line.get(key) for line in metrics]
+    return [math.nan if value is None else value for value in values]
+
+
+def _style(axes: Axes, what: str, over: str = "round") -> None:
+    axes.set_xlabel(over)
+    axes.set_ylabel(what)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Figure, file: Path) -> None:
+    image = BytesIO()
+    figure.savefig(image, dpi=185)
+    write_atomically(file, image.getvalue())

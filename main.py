@@ -33,6 +33,7 @@ from figures import draw_loss_graph
 from files import check_writable
 from model import build_model
 from nodes import Nodes
+from report import write_report
 from resources import ClientResources, find_machines, plan_resources
 from resume import check_continuation, find_run, reopen, with_earlier_overrides
 from rundir import RunDirectory
@@ -235,8 +236,19 @@ def train_and_evaluate(config: DictConfig) -> None:
         print_results(result)
     else:
         print("No labels, so no linear evaluation: embed labelled images to judge the encoder.")
+    with Waiting("report", config.quiet):
+        try_report(run, config, image_set)
     if not config.quiet:
         print_ending(config, run, labelled)
+
+
+def try_report(run: RunDirectory, config: DictConfig, image_set: ImageSet) -> None:
+    """Write the report; whatever goes wrong with it, the run has its results."""
+    try:
+        write_report(run, config, config.figures, image_set)
+    except Exception as error:
+        reason = f"{WARNING}no report ({type(error).__name__}: {error}); "
+        make_report(config.quiet)(f"{reason}python report.py tries again")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from checkpoints import Checkpoint, list_checkpoints, list_unfinished, load_checkpoint, remove_after
 from config import flatten, load_config
@@ -19,7 +19,7 @@ HARMLESS = {
     *("min_nodes", "node_wait_s", "min_results", "round_timeout_s", "max_step_ratio"),
     *("keep_checkpoints", "output_dir", "run_dir", "cache_dir", "dataset.path", "quiet"),
 }
-HARMLESS_GROUPS = ("eval.",)
+HARMLESS_GROUPS = ("eval.", "figures.")
 
 Report = Callable[[str], None]
 
@@ -38,9 +38,8 @@ def with_earlier_overrides(arguments: Sequence[str]) -> list[str]:
     if config.resume is None:
         return list(arguments)
     run = find_run(config)
-    earlier = OmegaConf.load(run.overrides) if run.overrides.is_file() else []
     given = {_key(argument) for argument in arguments}
-    kept = [override for override in map(str, earlier) if _key(override) not in given]
+    kept = [override for override in run.read_overrides() if _key(override) not in given]
     place = [] if "run_dir" in given else [f"run_dir='{run.path}'"]
     return [*kept, *arguments, *place]
 

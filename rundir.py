@@ -17,6 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save
 from torch import Tensor
+from yaml import YAMLError
 
 from checkpoints import list_checkpoints
 from errors import UserError
@@ -28,6 +29,8 @@ with suppress(ImportError):  # there is none on Windows
 
 PACKAGES = ("flwr", "ray", "torch", "torchvision", "flwr-datasets", "scikit-learn")
 LATEST = "latest"
+# Without these it is not a run's configuration.
+SECTIONS = ("dataset", "model", "augment", "partition", "eval", "num_clients", "num_rounds", "seed")
 
 
 class RunDirectory:
@@ -40,6 +43,8 @@ class RunDirectory:
         self.results = path / "results.json"
         self.config = path / "config.yaml"
         self.overrides = path / "overrides.yaml"
+        self.figures = path / "figures"
+        self.report = path / "report.html"
         self._lock: IO[bytes] | None = None
 
     @classmethod
@@ -86,13 +91,23 @@ class RunDirectory:
         """Read the configuration that the run was started with.
 
         Raises:
-            UserError: no such run.
+            UserError: no such run, or its configuration is damaged.
         """
+        remedy = "give the directory of a run of main.py"
         if not self.config.is_file():
-            raise UserError(
-                f"run={self.path}: no config.yaml there; give the directory of a run of main.py"
-            )
-        return OmegaConf.load(self.config)
+            raise UserError(f"run={self.path}: no config.yaml there; {remedy}")
+        try:
+            config = OmegaConf.load(self.config)
+        except (OSError, ValueError, YAMLError) as error:
+            raise UserError(f"{self.config}: can't be read ({error}); {remedy}") from error
+        missing = [name for name in SECTIONS if name not in config]
+        if missing:
+            raise UserError(f"{self.config}: holds no {missing[0]!r}; {remedy}")
+        return config
+
+    def read_overrides(self) -> list[str]:
+        """Read the overrides that the run was started with, none if it did not keep them."""
+        return list(map(str, OmegaConf.load(self.overrides))) if self.overrides.is_file() else []
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write metrics.jsonl, a line a round."""
@@ -128,7 +143,9 @@ class RunDirectory:
         """
         files = list_checkpoints(self.checkpoints)
         if not files:
-            raise UserError(f"run={self.path}: no checkpoint; the run ended before its first round")
+            raise UserError(
+                f"run={self.path}: no checkpoint; a run leaves the first after its first round"
+            )
         return files[-1]
 
     def save_encoder(self, state: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:

@@ -31,11 +31,28 @@ from updates import (
 from utils import ImageSet, choose_device, choose_dtype, derive_seed, name_some
 from wire import pack_state
 
-CURVES = ("train_loss", "eval_loss", "knn", "alignment", "uniformity", "effective_rank")
+CURVES = (
+    *("train_loss", "eval_loss", "knn", "alignment", "uniformity", "effective_rank"),
+    *("seconds", "images_per_second"),
+)
+CLIENT_CURVES = ("train_loss", "eval_loss", "step", "cosine")
 OnRound = Callable[[Mapping[str, Any]], None]
 # Told while clients are waited for: the phase ("train" or "evaluate"), how many clients
 # have answered and were asked, and the images per second of training, None before the first.
 OnAnswer = Callable[[Mapping[str, Any]], None]
+
+
+def scalars(row: Mapping[str, Any]) -> dict[str, float]:
+    """List what TensorBoard shows of a round's metrics line.
+
+    A section for each curve of the clients, `client_NAME/PARTITION`, so that
+    the clients stand side by side.
+    """
+    found = {name: row[name] for name in CURVES}
+    for client in row["clients"]:
+        for name in CLIENT_CURVES:
+            found[f"client_{name}/{client['partition']}"] = client.get(name)
+    return {tag: value for tag, value in found.items() if value is not None}
 
 
 class Federation:
@@ -84,9 +101,9 @@ class Federation:
                 for round_number in range(self.done + 1, self.config.num_rounds + 1):
                     row = self._round(round_number)
                     self._keep(row)
-                    for name in CURVES:
-                        if row[name] is not None:
-                            events.add_scalar(name, row[name], round_number)
+                    for tag, value in scalars(row).items():
+                        events.add_scalar(tag, value, round_number)
+                    events.flush()
                     self.on_round(row)
             self._save_encoder()
         except OSError as error:

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -312,6 +312,12 @@ def partition_rows(
             f"{num_partitions} clients ({reason}); change num_clients or partition"
         ) from error
     return [np.asarray(part, dtype=np.int64) for part in parts]
+
+
+def count_classes(image_set: ImageSet, parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Count the images of each class in each part, int64 (parts, classes)."""
+    labels, classes = image_set.train.labels, len(image_set.class_names)
+    return np.stack([np.bincount(labels[rows], minlength=classes) for rows in parts])
 
 
 def class_groups(labels: np.ndarray, classes_per_client: int, seed: int) -> np.ndarray:

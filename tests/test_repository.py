@@ -21,8 +21,11 @@ LEVELS = [
     | {"utils"},
     {"client", "figures", "launch", "rundir", "strategies"},
     {"resume", "server", "test"},
-    {"app", "gather", "main"},
+    {"gather", "pictures"},
+    {"report"},
+    {"app", "main"},
 ]
+ENTRIES = {"main.py": "config", "test.py": "test", "report.py": "report"}  # and configurations
 README = (ROOT / "README.md").read_text()
 
 
@@ -76,10 +79,10 @@ def commands():
 def test_the_readmes_commands_are_valid(words):
     script, arguments = words[1], words[2:]
     assert (ROOT / script).is_file()
-    if script in ("main.py", "test.py"):
+    if script in ENTRIES:
         overrides = [a for a in flags_to_overrides(arguments) if not a.startswith("-")]
         overrides = [re.sub(r"=([^\[,]*),.*", r"=\1", override) for override in overrides]
-        load_config("config" if script == "main.py" else "test", overrides)
+        load_config(ENTRIES[script], overrides)
 
 
 def test_the_readme_documents_the_four_commands_of_a_federation():

@@ -1,0 +1,88 @@
+"""Draw the pictures of the README.
+
+python images/draw.py
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from augment import make_augmentation  # noqa: E402
+from config import load_config  # noqa: E402
+from figures import INK, draw_loss_graph, draw_partitions  # noqa: E402
+from utils import count_classes, generator_for, open_image_set, partition_rows  # noqa: E402
+
+RECORDED_RUN = ROOT / "results" / "digits" / "seed0"
+NT_XENT = (
+    r"$\ell_{i,j} = -\log\;\frac{\exp(\mathrm{sim}(z_i, z_j)/\tau)}"
+    r"{\sum_{k=1}^{2N} 1_{[k \neq i]}\,\exp(\mathrm{sim}(z_i, z_k)/\tau)}$"
+)
+SIMILARITY = r"$\mathrm{sim}(u, v) = u^{\top} v \,/\, (\|u\|\,\|v\|)$"
+
+
+def draw_formula(file: Path) -> None:
+    """Typeset NT-Xent, equation 1 of the SimCLR paper."""
+    with matplotlib.rc_context({"mathtext.fontset": "cm"}):
+        figure = Figure(figsize=(6.4, 1.5))
+        figure.text(0.5, 0.64, NT_XENT, ha="center", va="center", fontsize=20, color=INK)
+        figure.text(0.5, 0.14, SIMILARITY, ha="center", va="center", fontsize=13, color=INK)
+        figure.savefig(file, dpi=150)
+
+
+def draw_views(file: Path, overrides: Sequence[str], count: int = 8) -> None:
+    """Show training images above two random views of each.
+
+    Args:
+        overrides: which data set and views, as for main.py.
+    """
+    config = load_config("config", overrides)
+    images = open_image_set(config.dataset, config.cache_dir, config.seed).train.pixels[:count]
+    augmentation = make_augmentation(config.augment, config.dataset.image_size)
+    views = augmentation.two_views(
+        torch.from_numpy(np.array(images)), generator_for(config.seed, "figure")
+    )
+    rows = [images / 255, views[:count].numpy(), views[count:].numpy()]
+    figure = Figure(figsize=(6.4, 2.6), layout="constrained")
+    grid = figure.subplots(3, count)
+    for name, pictures, line in zip(("image", "view 1", "view 2"), rows, grid, strict=True):
+        for picture, axes in zip(pictures, line, strict=True):
+            axes.imshow(picture.transpose(1, 2, 0), interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", color=INK)
+    figure.savefig(file, dpi=150)
+
+
+def draw_dealing(file: Path, overrides: Sequence[str]) -> None:
+    """Show how the classes are spread over the clients.
+
+    Args:
+        overrides: which data set and partition, as for main.py.
+    """
+    config = load_config("config", overrides)
+    images = open_image_set(config.dataset, config.cache_dir, config.seed)
+    parts = partition_rows(images.train, config.num_clients, config.partition, config.seed)
+    draw_partitions(count_classes(images, parts), images.class_names, file)
+
+
+def main() -> None:
+    """Draw every picture of images/."""
+    folder = ROOT / "images"
+    draw_formula(folder / "loss_eq.png")
+    draw_views(folder / "views.png", [])
+    draw_dealing(folder / "partitions.png", ["partition=dirichlet", "partition.alpha=0.1"])
+    lines = (RECORDED_RUN / "metrics.jsonl").read_text().splitlines()
+    draw_loss_graph([json.loads(line) for line in lines], folder / "loss_graph.png", "digits")
+
+
+if __name__ == "__main__":
+    main()
