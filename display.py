@@ -97,7 +97,7 @@ class RoundProgress(Waiting):
         now = time.monotonic()
         so_far = f"{_clock(now - self.began)} so far"
         time_left = f"{_clock(self.ends - now)} left" if self.ends else so_far
-        return f"  round {place} |{{bar}}| {self.what}, {time_left}"
+        return f"  round {place} |{{bar:14}}| {self.what}, {time_left}"  # 80 columns hold it
 
     def follow(self, standing: Mapping[str, Any]) -> None:
         """Move the bar as clients answer.
@@ -133,7 +133,8 @@ class RoundProgress(Waiting):
             _write(f"{margin}{WARNING}{warning}", "warning", self.quiet)
         sys.stdout.flush()
         self.train_share = row["seconds_train"] / row["seconds"]
-        self.done, self.what = row["round"], "starting"
+        self.done = row["round"]
+        self.what = "starting" if self.done < self.num_rounds else "finishing"
         self._move(self.done)
 
     def _move(self, rounds: float) -> None:

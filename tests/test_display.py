@@ -29,7 +29,7 @@ def test_a_terminal_shows_clients_pace_and_time_left_within_its_width(columns, m
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     status, text = in_terminal(COMMAND, columns)
     assert status == 0, text
-    assert re.search(r"round 1/3 \|.*\| 2/5 clients trained, 1,234 images/s", text)
+    assert re.search(r"round 1/3 \|.*\| 2/5 clients trained, ", text)
     assert ("1,234 images/s, 00:00 left" in text) == (columns > 60)
     drawn = re.split(r"[\r\n]", re.sub(r"\x1b\[\w+", "", text))
     assert max(map(len, drawn)) <= columns
@@ -92,7 +92,7 @@ def test_the_time_left_follows_the_clients_and_counts_down(monkeypatch):
     monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
     progress = RoundProgress(2)
     now[0] = 100  # Ray and the clients start
-    assert progress.describe() == "  round 1/2 |{bar}| starting, 01:40 so far"
+    assert progress.describe() == "  round 1/2 |{bar:14}| starting, 01:40 so far"
     progress.follow(STANDING | {"answered": 0, "images_per_second": None})
     now[0] = 145
     progress.follow(STANDING | {"asked": 4})  # half of the training, 0.45 of the round
@@ -103,4 +103,4 @@ def test_the_time_left_follows_the_clients_and_counts_down(monkeypatch):
     progress.follow(STANDING | {"phase": "evaluate", "answered": 0, "images_per_second": None})
     assert "0/5 clients evaluated, " in progress.describe()
     progress.show(ROW)
-    assert progress.describe() == "  round 2/2 |{bar}| starting, 01:40 left"
+    assert progress.describe() == "  round 2/2 |{bar:14}| starting, 01:40 left"
