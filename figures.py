@@ -22,8 +22,8 @@ NEAREST = 8  # neighbours beside each query
 MAX_COLUMNS = 50  # partitions that fit side by side
 MAX_NAMES = 20  # classes with a name and a colour that can be told apart
 HEALTH = (
-    ("effective_rank", "effective rank", COLLAPSED_RANK),
-    ("uniformity", "uniformity", COLLAPSED_UNIFORMITY),
+    ("effective_rank", "effective rank", (COLLAPSED_RANK, "below: collapsed")),
+    ("uniformity", "uniformity", (COLLAPSED_UNIFORMITY, "above: collapsed")),
     ("alignment", "alignment", None),
 )
 
@@ -69,8 +69,8 @@ def draw_health(metrics: Sequence[Mapping[str, Any]], file: Path) -> None:
     panels = figure.subplots(len(HEALTH), sharex=True)
     for axes, (key, name, limit) in zip(panels, HEALTH, strict=True):
         axes.plot([line["round"] for line in metrics], _column(metrics, key), BLUE, marker="o")
-        if limit is not None:
-            axes.axhline(limit, color=ORANGE, linestyle="--", label="collapsed")
+        if limit:
+            axes.axhline(limit[0], color=ORANGE, linestyle="--", label=limit[1])
             axes.legend(frameon=False, fontsize="small")
         _style(axes, name)
         axes.label_outer()

@@ -83,7 +83,7 @@ def test_every_promised_file_is_there(finished):
     run = (finished[0] / "latest").resolve()
     names = {file.name for file in run.iterdir()}
     promised = {"config.yaml", "metrics.jsonl", "results.json", "encoder.safetensors"}
-    promised |= {"overrides.yaml"}
+    promised |= {"overrides.yaml", "report.html", "figures"}
     assert promised | {"checkpoints", "loss_graph.png"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     graph = matplotlib.image.imread(run / "loss_graph.png")
