@@ -12,11 +12,13 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from augment import make_augmentation
 from config import load_config
+from features import nearest_neighbours
 from utils import generator_for, open_image_set
 
 HERE = Path(__file__).resolve().parent
@@ -85,11 +87,61 @@ def draw_views(file: Path, overrides: Sequence[str], count: int = 8) -> None:
     grid = figure.subplots(3, count)
     for name, pictures, line in zip(("image", "view 1", "view 2"), rows, grid, strict=True):
         for picture, axes in zip(pictures, line, strict=True):
-            axes.imshow(picture.transpose(1, 2, 0), interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_visible(False)
+            _show(axes, picture)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", color=INK)
     figure.savefig(file, dpi=150)
+
+
+def draw_neighbours(
+    pixels: Mapping[int, np.ndarray] | np.ndarray,
+    features: np.ndarray,
+    file: Path,
+    names: Sequence[str] | None = None,
+    queries: int = 6,
+    neighbours: int = 8,
+) -> None:
+    """Show some images, each with those whose features are most similar.
+
+    The queries are taken at equal distances from all rows.
+
+    Args:
+        pixels: uint8 (3, S, S) by row; only those that are shown are asked for.
+        features: float32 (N, D), N at least 2.
+        names: of the rows' classes, shown below the images.
+        queries, neighbours: so many, or as many as there are.
+    """
+    count = min(neighbours, len(features) - 1)
+    asked = np.linspace(0, len(features) - 1, min(queries, len(features))).round().astype(np.int64)
+    rows, similarity = nearest_neighbours(features, asked, count)
+    text = 0.36 if names else 0.22  # inches below each image
+    height = (0.7 + text) * len(asked) + 0.3
+    figure = Figure(figsize=(0.72 * (count + 1) + 0.4, height))
+    widths = [1, 0.4, *[1] * count]
+    grid = figure.subplots(len(asked), count + 2, squeeze=False, width_ratios=widths)
+    figure.subplots_adjust(0.01, text / height, 0.99, 1 - 0.3 / height, 0.08, text / 0.7)
+    for line, query, near, closeness in zip(grid, asked, rows, similarity, strict=True):
+        line[1].text(0.5, 0.5, "→", ha="center", va="center", fontsize=14, color=INK)
+        line[1].set_axis_off()
+        values = ["", *(f"{value:.2f}" for value in closeness)]
+        for axes, row, value in zip(np.delete(line, 1), [query, *near], values, strict=True):
+            _show(axes, pixels[row])
+            lines = [_shortened(names[row]) if names else "", value]
+            axes.set_xlabel("\n".join(filter(None, lines)), fontsize=7, labelpad=2)
+    grid[0, 0].set_title("query", fontsize=9, color=INK)
+    grid[0, 2].set_title("its nearest, by cosine similarity", fontsize=9, color=INK, loc="left")
+    figure.savefig(file, dpi=150, format="png")
+
+
+def _shortened(name: str, length: int = 12) -> str:
+    return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
+def _show(axes: Axes, picture: np.ndarray) -> None:
+    """Show an image (3, S, S); one that is enlarged keeps its pixels sharp."""
+    interpolation = "nearest" if picture.shape[-1] <= 100 else "antialiased"
+    axes.imshow(picture.transpose(1, 2, 0), interpolation=interpolation)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
 
 
 def main() -> None:

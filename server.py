@@ -80,7 +80,7 @@ class Federation:
                         if row[name] is not None:
                             events.add_scalar(name, row[name], round_number)
                     self.on_round(row)
-            self._save_encoder()
+            self.run.save_encoder(self.model, self.config.dataset, self.done)
         except OSError as error:
             raise RuntimeError(f"can't write to {self.run.path}: {error.strerror}") from error
 
@@ -91,16 +91,6 @@ class Federation:
         save_checkpoint(self.run.checkpoints, checkpoint, self.config.keep_checkpoints)
         self.run.append_metrics(row)
         self.done = row["round"]
-
-    def _save_encoder(self) -> None:
-        facts = {
-            "architecture": self.model.architecture,
-            "stem": self.model.stem,
-            "image_size": str(self.config.dataset.image_size),
-            "mean": str(list(self.config.dataset.mean)),
-            "std": str(list(self.config.dataset.std)),
-        }
-        self.run.save_encoder(self.model.encoder.state_dict(), facts)
 
     def _round(self, round_number: int) -> dict[str, Any]:
         self.nodes.gather()

@@ -6,20 +6,22 @@ import re
 import shlex
 import statistics
 import subprocess
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 from config import flags_to_overrides, load_config
+from embed import name_folder
 
 # Who may import whom: a module imports only from lower levels, never its own.
 LEVELS = [
     {"environment", "errors", "health"},
     {"augment", "config", "display", "files", "link", "model", "nodes", "resources", "sources"}
     | {"wire"},
-    {"certificates", "checkpoints", "features", "launch_checks", "updates", "utils"},
-    {"client", "figures", "launch", "rundir", "strategies"},
-    {"resume", "server", "test"},
+    {"certificates", "checkpoints", "encoder", "features", "launch_checks", "updates", "utils"},
+    {"client", "export", "figures", "launch", "rundir", "strategies"},
+    {"embed", "resume", "server", "test"},
     {"app", "main"},
 ]
 README = (ROOT / "README.md").read_text()
@@ -75,10 +77,11 @@ def commands():
 def test_the_readmes_commands_are_valid(words):
     script, arguments = words[1], words[2:]
     assert (ROOT / script).is_file()
-    if script in ("main.py", "test.py"):
+    if script in ("main.py", "test.py", "embed.py", "export.py"):
         overrides = [a for a in flags_to_overrides(arguments) if not a.startswith("-")]
         overrides = [re.sub(r"=([^\[,]*),.*", r"=\1", override) for override in overrides]
-        load_config("config" if script == "main.py" else "test", overrides)
+        overrides = name_folder(overrides) if script == "embed.py" else overrides
+        load_config("config" if script == "main.py" else Path(script).stem, overrides)
 
 
 def test_the_readme_documents_the_four_commands_of_a_federation():
