@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from model import SimCLR
+from model import Encoder
 
 
 @torch.inference_mode()
 def extract_features(
-    model: SimCLR,
+    model: Encoder,
     images: np.ndarray,
     device: torch.device,
     dtype: torch.dtype,
@@ -46,6 +46,27 @@ def shrink(images: Tensor, size: int) -> Tensor:
     if images.shape[-1] <= size:
         return images
     return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+
+
+def nearest_neighbours(
+    features: np.ndarray, queries: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find the rows whose features point most nearly in the direction of each query's.
+
+    Args:
+        features: (N, D); a row of zeros is similar to none.
+        queries: rows of them, int64 (Q,).
+        count: neighbours of each, below N.
+
+    Returns:
+        The neighbours' rows, int64 (Q, count), nearest first and never the
+        query itself, and their cosine similarities, (Q, count).
+    """
+    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    similarity = unit[queries] @ unit.T
+    similarity[np.arange(len(queries)), queries] = -np.inf
+    rows = np.argsort(-similarity, axis=1, kind="stable")[:, :count]
+    return rows, np.take_along_axis(similarity, rows, axis=1)
 
 
 def knn_accuracy(

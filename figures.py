@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from sklearn.neighbors import NearestNeighbors
 
+from features import nearest_neighbours
 from files import write_atomically
 from health import COLLAPSED_RANK, COLLAPSED_UNIFORMITY
 
@@ -104,30 +104,51 @@ def draw_map(
 
 
 def draw_neighbours(
-    pixels: np.ndarray, features: np.ndarray, file: Path, queries: Sequence[int]
+    pixels: Mapping[int, np.ndarray] | np.ndarray,
+    features: np.ndarray,
+    file: Path,
+    queries: Sequence[int],
+    names: Sequence[str] | None = None,
 ) -> None:
-    """Show images beside those whose features are most similar by cosine, nearest first.
+    """Show some images, each with those whose features are most similar.
 
     Args:
-        pixels: uint8 (N, 3, H, W).
-        features: float32 (N, D) of the same images.
+        pixels: uint8 (3, S, S) by row; only those that are shown are asked for.
+        features: float32 (N, D), N at least 2.
         queries: rows of them.
+        names: of the rows' classes, shown below the images.
     """
-    search = NearestNeighbors(metric="cosine").fit(features)
     count = min(NEAREST, len(features) - 1)
-    found = search.kneighbors(features[list(queries)], count + 1, return_distance=False)
-    figure = Figure(figsize=(WIDTH, 0.62 * len(queries) + 0.3), layout="constrained")
-    widths = {"width_ratios": [1, 0.3, *[1] * count]}  # a gap behind the query
-    grid = figure.subplots(len(queries), count + 2, squeeze=False, gridspec_kw=widths)
-    for line, query, near in zip(grid, queries, found, strict=True):
-        others = [row for row in near if row != query][:count]
-        for axes in line:
-            axes.set_axis_off()
-        for axes, row in zip([line[0], *line[2:]], [query, *others], strict=True):
-            axes.imshow(pixels[row].transpose(1, 2, 0), interpolation="nearest")
-    grid[0, 0].set_title("image", color=INK, fontsize="medium")
-    grid[0, 2].set_title("nearest first", color=INK, fontsize="medium", loc="left")
+    rows, similarity = nearest_neighbours(features, np.asarray(queries), count)
+    text = 0.36 if names else 0.22  # inches below each image
+    height = (0.7 + text) * len(queries) + 0.3
+    figure = Figure(figsize=(0.72 * (count + 1) + 0.4, height))
+    widths = [1, 0.4, *[1] * count]
+    grid = figure.subplots(len(queries), count + 2, squeeze=False, width_ratios=widths)
+    figure.subplots_adjust(0.01, text / height, 0.99, 1 - 0.3 / height, 0.08, text / 0.7)
+    for line, query, near, closeness in zip(grid, queries, rows, similarity, strict=True):
+        line[1].text(0.5, 0.5, "→", ha="center", va="center", fontsize=14, color=INK)
+        line[1].set_axis_off()
+        values = ["", *(f"{value:.2f}" for value in closeness)]
+        for axes, row, value in zip(np.delete(line, 1), [query, *near], values, strict=True):
+            show_image(axes, pixels[row])
+            lines = [_shortened(names[row]) if names else "", value]
+            axes.set_xlabel("\n".join(filter(None, lines)), fontsize=7, labelpad=2)
+    grid[0, 0].set_title("query", fontsize=9, color=INK)
+    grid[0, 2].set_title("its nearest, by cosine similarity", fontsize=9, color=INK, loc="left")
     _save(figure, file)
+
+
+def _shortened(name: str, length: int = 12) -> str:
+    return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
+def show_image(axes: Axes, picture: np.ndarray) -> None:
+    """Show an image (3, S, S); one that is enlarged keeps its pixels sharp."""
+    interpolation = "nearest" if picture.shape[-1] <= 100 else "antialiased"
+    axes.imshow(picture.transpose(1, 2, 0), interpolation=interpolation)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
 
 
 def draw_partitions(counts: np.ndarray, class_names: Sequence[str], file: Path) -> None:

@@ -1,6 +1,8 @@
 """Writing files so that a reader finds the old content or the new, never a part of it."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -15,12 +17,22 @@ def write_atomically(file: Path, data: bytes) -> None:
     Raises:
         OSError: it can't be written; the file is what it was before.
     """
+    with replacing(file) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Give the temporary name under which a file is written; then sync and rename it.
+
+    Raises:
+        OSError: it can't be written; the file is what it was before.
+    """
     temporary = file.with_name(f"{PARTIAL}{uuid4().hex[:8]}-{file.name}")
     try:
-        with temporary.open("wb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
+        yield temporary
+        with temporary.open("r+b") as written:
+            os.fsync(written.fileno())
         os.replace(temporary, file)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -46,6 +58,28 @@ def remove_partial(folder: Path) -> list[str]:
         names.append(file.name.removeprefix(PARTIAL).partition("-")[2])
         file.unlink()
     return names
+
+
+def check_replaceable(key: str, given: str) -> Path:
+    """Make sure that a file can be written where `key` says, leaving nothing behind.
+
+    Raises:
+        UserError: it is a folder, or the folder is not there or can't be written.
+    """
+    file = Path(given).expanduser()
+    if file.is_dir():
+        raise UserError(f"{key}={given}: is a folder; give the name of a file")
+    if not file.parent.is_dir():
+        raise UserError(f"{key}={given}: there is no folder {file.parent}; make it first")
+    probe = file.with_name(f"{PARTIAL}{uuid4().hex[:8]}-{file.name}")
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{key}={given}: can't be written ({error.strerror}); choose another place"
+        ) from error
+    return file
 
 
 def check_writable(directory: Path) -> None:

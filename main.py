@@ -184,7 +184,7 @@ def print_ending(config: DictConfig, run: RunDirectory, labelled: bool) -> None:
         board: "the curves of all runs",
     }
     if not labelled:
-        commands = {board: commands[board]}
+        commands = {"python embed.py FOLDER": "the features of images", board: commands[board]}
     print("Next")
     for command, purpose in commands.items():
         print(f"  {command:38} {purpose}")
@@ -235,7 +235,8 @@ def train_and_evaluate(config: DictConfig) -> None:
             result = evaluate_run(run, config, config.eval, image_set, run.last_checkpoint())
         print_results(result)
     else:
-        print("No labels, so no linear evaluation: embed labelled images to judge the encoder.")
+        print("No labels, so no linear evaluation. With a folder of labelled images:")
+        print("  python test.py dataset=imagefolder dataset.path=FOLDER label_fraction=1")
     with Waiting("report", config.quiet):
         try_report(run, config, image_set)
     if not config.quiet:

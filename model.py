@@ -78,7 +78,38 @@ class Conv3x3(nn.Conv2d):
         return F.conv2d(images, self.weight[:, :, 1 : 1 + height, 1 : 1 + width])
 
 
-class SimCLR(nn.Module):
+class Encoder(nn.Module):
+    """A ResNet from images to features, with the channel statistics taken off its input."""
+
+    def __init__(
+        self, architecture: str, stem: str, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        """Build it at random initialization.
+
+        Args:
+            architecture, stem: see `make_encoder`.
+            mean, std: three channel statistics of images in [0, 1]; they are
+                constants and no part of the state.
+        """
+        super().__init__()
+        self.architecture, self.stem = architecture, stem
+        self.encoder = make_encoder(architecture, stem)
+        self.feature_size = 512 * self.encoder.layer4[-1].expansion
+        for name, value in (("mean", mean), ("std", std)):
+            statistics = torch.tensor(value, dtype=torch.float32).view(1, 3, 1, 1)
+            self.register_buffer(name, statistics, persistent=False)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Encode images (B, 3, H, W) in [0, 1] to features (B, feature_size)."""
+        normalized = (images - self.mean) / self.std
+        return self.encoder(normalized.contiguous(memory_format=torch.channels_last))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode images, as `features` does."""
+        return self.features(images)
+
+
+class SimCLR(Encoder):
     """An encoder and the projection head that only the loss sees."""
 
     def __init__(
@@ -93,29 +124,16 @@ class SimCLR(nn.Module):
         """Build both parts at random initialization.
 
         Args:
-            architecture, stem: see `make_encoder`.
+            architecture, stem, mean, std: see `Encoder`.
             projection_hidden, projection_size: widths of the two-layer head.
-            mean, std: three channel statistics of images in [0, 1], taken off
-                the input; they are constants and no part of the state.
         """
-        super().__init__()
-        self.architecture, self.stem = architecture, stem
-        self.encoder = make_encoder(architecture, stem)
-        self.feature_size = 512 * self.encoder.layer4[-1].expansion
+        super().__init__(architecture, stem, mean, std)
         self.projection_head = nn.Sequential(
             nn.Linear(self.feature_size, projection_hidden, bias=False),
             nn.BatchNorm1d(projection_hidden),
             nn.ReLU(inplace=True),
             nn.Linear(projection_hidden, projection_size),
         )
-        for name, value in (("mean", mean), ("std", std)):
-            statistics = torch.tensor(value, dtype=torch.float32).view(1, 3, 1, 1)
-            self.register_buffer(name, statistics, persistent=False)
-
-    def features(self, images: Tensor) -> Tensor:
-        """Encode images (B, 3, H, W) in [0, 1] to features (B, feature_size)."""
-        normalized = (images - self.mean) / self.std
-        return self.encoder(normalized.contiguous(memory_format=torch.channels_last))
 
     def forward(self, views: Tensor) -> Tensor:
         """Project views (B, 3, H, W) in [0, 1] to the loss's space (B, projection_size)."""

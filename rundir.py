@@ -15,13 +15,13 @@ from uuid import uuid4
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import save
-from torch import Tensor
 from yaml import YAMLError
 
 from checkpoints import list_checkpoints
+from encoder import ENCODER_FILE, pack_encoder
 from errors import UserError
 from files import write_atomically
+from model import Encoder
 
 fcntl = None
 with suppress(ImportError):  # there is none on Windows
@@ -148,10 +148,9 @@ class RunDirectory:
             )
         return files[-1]
 
-    def save_encoder(self, state: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
-        """Write the encoder alone, with torchvision's names, and facts as its metadata."""
-        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-        write_atomically(self.path / "encoder.safetensors", save(tensors, metadata=dict(facts)))
+    def save_encoder(self, model: Encoder, dataset: Mapping[str, Any], rounds: int) -> None:
+        """Write the encoder alone, in the form of `encoder.py`."""
+        write_atomically(self.path / ENCODER_FILE, pack_encoder(model, dataset, rounds))
 
     def add_result(self, result: Mapping[str, Any]) -> None:
         """Append an evaluation to results.json, which keeps them all."""

@@ -105,7 +105,9 @@ class Federation:
                         events.add_scalar(tag, value, round_number)
                     events.flush()
                     self.on_round(row)
-            self._save_encoder()
+            size = self._view_size(self.config.num_rounds)
+            dataset = {**self.config.dataset, "image_size": size}
+            self.run.save_encoder(self.model, dataset, self.done)
         except OSError as error:
             raise RuntimeError(f"can't write to {self.run.path}: {error.strerror}") from error
 
@@ -116,16 +118,6 @@ class Federation:
         save_checkpoint(self.run.checkpoints, checkpoint, self.config.keep_checkpoints)
         self.run.append_metrics(row)
         self.done = row["round"]
-
-    def _save_encoder(self) -> None:
-        facts = {
-            "architecture": self.model.architecture,
-            "stem": self.model.stem,
-            "image_size": str(self._view_size(self.config.num_rounds)),
-            "mean": str(list(self.config.dataset.mean)),
-            "std": str(list(self.config.dataset.std)),
-        }
-        self.run.save_encoder(self.model.encoder.state_dict(), facts)
 
     def _round(self, round_number: int) -> dict[str, Any]:
         self.nodes.gather()

@@ -8,8 +8,10 @@ import io
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -98,13 +100,13 @@ def image_folder(root: Path, use_labels: bool, test_fraction: float, seed: int) 
     """
     has_splits = (root / "train").is_dir()
     train_root = root / "train" if has_splits else root
-    files, labels, classes = _list_images(train_root, use_labels)
+    files, labels, classes = _label_images(train_root, use_labels)
     if not files:
         raise UserError(
-            f"dataset.path={root}: no image found (looked for {', '.join(_extensions())})"
+            f"dataset.path={root}: no image found (looked for {', '.join(extensions())})"
         )
     if has_splits and (root / "test").is_dir():
-        test_files, test_labels, test_classes = _list_images(root / "test", use_labels)
+        test_files, test_labels, test_classes = _label_images(root / "test", use_labels)
         if labels is not None and test_labels is not None and test_classes != classes:
             odd = sorted(set(classes) ^ set(test_classes))
             raise UserError(
@@ -126,32 +128,56 @@ def image_folder(root: Path, use_labels: bool, test_fraction: float, seed: int) 
     return Source(splits, classes)
 
 
-def _extensions() -> tuple[str, ...]:
+def extensions() -> tuple[str, ...]:
+    """Tell by which endings a file is taken for an image, in lower case."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     return IMG_EXTENSIONS
 
 
-def _list_images(root: Path, use_labels: bool) -> tuple[list[Path], np.ndarray | None, list[str]]:
-    """List the images below a folder, with labels if each lies in a class folder."""
-    found = [
+def list_images(root: Path) -> list[Path]:
+    """List the images below a folder at any depth, sorted."""
+    endings = extensions()
+    return sorted(
         Path(folder, name)
         for folder, _, names in os.walk(root, followlinks=True)
         for name in names
-        if name.lower().endswith(_extensions())
-    ]
-    files = sorted(found)
-    owners = [path.relative_to(root).parts[0] for path in files]
-    classes = sorted(set(owners))
-    labelled = use_labels and all(path.parent != root for path in files) and len(classes) > 1
-    if not labelled:
+        if name.lower().endswith(endings)
+    )
+
+
+def class_names(paths: Sequence[Path]) -> list[str] | None:
+    """Name each image's class, the first folder of its path.
+
+    Returns:
+        None unless every image lies in a folder and there are several folders.
+    """
+    names = [path.parts[0] for path in paths]
+    return names if all(len(path.parts) > 1 for path in paths) and len(set(names)) > 1 else None
+
+
+def _label_images(root: Path, use_labels: bool) -> tuple[list[Path], np.ndarray | None, list[str]]:
+    """List the images below a folder, with labels if each lies in a class folder."""
+    files = list_images(root)
+    names = class_names([file.relative_to(root) for file in files]) if use_labels else None
+    if names is None:
         return files, None, []
-    numbers = {name: number for number, name in enumerate(classes)}
-    return files, np.array([numbers[owner] for owner in owners], dtype=np.int64), classes
+    classes, labels = np.unique(names, return_inverse=True)
+    return files, labels.astype(np.int64), classes.tolist()
 
 
 def _files_split(files: list[Path], labels: np.ndarray | None) -> Split:
-    return Split(len(files), lambda: (Encoded(str(file), file) for file in files), labels)
+    return Split(len(files), lambda: encoded(files), labels)
+
+
+def encoded(files: Iterable[Path]) -> Iterator[Encoded]:
+    """Name image files, to decode them one after another."""
+    return (Encoded(show_path(file), file) for file in files)
+
+
+def show_path(path: Path) -> str:
+    """Write a path as text that can be printed and stored, whatever bytes it holds."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def hub_dataset(
@@ -267,6 +293,16 @@ def _table_split(table, split: str, columns: tuple[str, str | None]) -> Split:
             yield Encoded(f"{split} row {row}", data)
 
     return Split(len(table), read, labels)
+
+
+def decode_batches(
+    images: Iterator[Encoded], image_size: int, batch_size: int
+) -> Iterator[list[tuple[Encoded, np.ndarray | None]]]:
+    """Decode images on all cores, a batch after the other; each with `decode`'s result."""
+    with ThreadPoolExecutor() as pool:
+        while batch := list(islice(images, batch_size)):
+            pixels = pool.map(lambda image: decode(image.data, image_size), batch)
+            yield list(zip(batch, pixels, strict=True))
 
 
 def decode(data: bytes | Path | np.ndarray, image_size: int) -> np.ndarray | None:

@@ -4,6 +4,7 @@ python test.py                          # the newest run
 python test.py run=outputs/DATE/TIME label_fraction=0.02 seeds=5
 python test.py checkpoint=FILE
 python test.py mode=finetune            # the encoder is tuned too
+python test.py dataset=imagefolder dataset.path=labelled label_fraction=1
 """
 
 from answers import answer
@@ -14,7 +15,7 @@ if __name__ == "__main__":
 import copy
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
@@ -43,6 +44,7 @@ PROTOCOL = (
     *("label_fraction", "seeds", "epochs", "batch_size", "learning_rate", "weight_decay"),
     *("encoder_learning_rate", "knn_neighbors"),
 )
+PREPARATION = ("image_size", "mean", "std")  # of images for an encoder
 
 
 def draw_labelled(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -326,6 +328,7 @@ def evaluate_run(
     rows = score("federated SimCLR", model) + score("random encoder", random_model)
     result = {
         "mode": settings.mode,
+        "dataset": config.dataset.name,
         "protocol": {key: settings[key] for key in PROTOCOL},
         "round": round_number,
         "labelled_images": len(evaluation.labelled[0]),
@@ -354,6 +357,36 @@ def find_checkpoint(settings: DictConfig) -> tuple[RunDirectory, Path]:
     return run, run.last_checkpoint()
 
 
+def refuse_preparation(arguments: Sequence[str]) -> list[str]:
+    """Pass the arguments on, unless they would prepare images otherwise than the encoder's.
+
+    Raises:
+        UserError: they would.
+    """
+    for argument in arguments:
+        key = argument.partition("=")[0]
+        if key in [f"dataset.{name}" for name in PREPARATION]:
+            raise UserError(
+                f"{argument}: is that of the run which trained the encoder; leave it out"
+            )
+    return list(arguments)
+
+
+def choose_images(config: DictConfig, settings: DictConfig) -> None:
+    """Put the images that are evaluated into the configuration of the run, in place.
+
+    Raises:
+        UserError: both `path` and `dataset` are given.
+    """
+    if "dataset" in settings:
+        if settings.path:
+            raise UserError(f"path={settings.path}: with dataset= give dataset.path instead")
+        kept = {name: config.dataset[name] for name in PREPARATION}
+        config.dataset = OmegaConf.merge(settings.dataset, kept)
+    elif settings.path:
+        config.dataset.path = settings.path
+
+
 def prepare(settings: DictConfig) -> tuple[RunDirectory, DictConfig, ImageSet, Path]:
     """Open all that an evaluation needs, so that nothing fails after the work.
 
@@ -363,8 +396,7 @@ def prepare(settings: DictConfig) -> tuple[RunDirectory, DictConfig, ImageSet, P
     run, checkpoint = find_checkpoint(settings)
     config = run.load_config()
     config.precision = settings.precision
-    if settings.path:
-        config.dataset.path = settings.path
+    choose_images(config, settings)
     load_trained(config, checkpoint, choose_device())
     report = make_report(settings.quiet)
     image_set = open_image_set(config.dataset, settings.cache_dir, config.seed, report)
@@ -385,4 +417,4 @@ def evaluate(settings: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_entry("test", prepare, evaluate)
+    run_entry("test", prepare, evaluate, refuse_preparation)

@@ -7,10 +7,9 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 import sources
 from errors import WARNING, UserError
 from files import sync_folder, write_atomically
-from sources import Encoded, Source, decode
+from sources import Encoded, Source, decode_batches
 
 CACHE_FORMAT = 2
 DECODE_BATCH = 1024
@@ -227,18 +226,14 @@ def _write_pixels(
 ) -> list[int]:
     """Decode images into a file, some at a time; return which ones could be read."""
     kept: list[int] = []
-    row = 0
-    with file.open("wb") as out, ThreadPoolExecutor() as pool:
-        while batch := list(islice(images, DECODE_BATCH)):
-            for image, pixels in zip(
-                batch, pool.map(lambda item: decode(item.data, image_size), batch), strict=True
-            ):
-                if pixels is None:
-                    unreadable.append(image.name)
-                else:
-                    out.write(pixels.tobytes())
-                    kept.append(row)
-                row += 1
+    batches = decode_batches(images, image_size, DECODE_BATCH)
+    with file.open("wb") as out:
+        for row, (image, pixels) in enumerate(chain.from_iterable(batches)):
+            if pixels is None:
+                unreadable.append(image.name)
+            else:
+                out.write(pixels.tobytes())
+                kept.append(row)
     return kept
 
 

@@ -55,9 +55,7 @@ def draw_views(file: Path, overrides: Sequence[str], count: int = 8) -> None:
     grid = figure.subplots(3, count)
     for name, pictures, line in zip(("image", "view 1", "view 2"), rows, grid, strict=True):
         for picture, axes in zip(pictures, line, strict=True):
-            axes.imshow(picture.transpose(1, 2, 0), interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_visible(False)
+            show_image(axes, picture)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", color=INK)
     figure.savefig(file, dpi=150)
 

@@ -11,21 +11,23 @@ import pytest
 from conftest import ROOT
 
 from config import flags_to_overrides, load_config
+from embed import name_folder
 
 # Who may import whom: a module imports only from lower levels, never its own.
 LEVELS = [
     {"environment", "errors", "health", "terminal"},
     {"augment", "config", "display", "files", "link", "model", "nodes", "resources", "sources"}
     | {"wire"},
-    {"answers", "certificates", "checkpoints", "features", "launch_checks", "training", "updates"}
-    | {"utils"},
-    {"client", "figures", "launch", "rundir", "strategies"},
-    {"resume", "server", "test"},
+    {"answers", "certificates", "checkpoints", "encoder", "features", "launch_checks", "training"}
+    | {"updates", "utils"},
+    {"client", "export", "figures", "launch", "rundir", "strategies"},
+    {"embed", "resume", "server", "test"},
     {"gather", "pictures"},
     {"report"},
     {"app", "main"},
 ]
-ENTRIES = {"main.py": "config", "test.py": "test", "report.py": "report"}  # and configurations
+ENTRIES = {f"{name}.py": name for name in ("test", "report", "embed", "export")}
+ENTRIES["main.py"] = "config"  # and their configurations
 README = (ROOT / "README.md").read_text()
 
 
@@ -82,6 +84,7 @@ def test_the_readmes_commands_are_valid(words):
     if script in ENTRIES:
         overrides = [a for a in flags_to_overrides(arguments) if not a.startswith("-")]
         overrides = [re.sub(r"=([^\[,]*),.*", r"=\1", override) for override in overrides]
+        overrides = name_folder(overrides) if script == "embed.py" else overrides
         load_config(ENTRIES[script], overrides)
 
 
