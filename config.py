@@ -92,6 +92,10 @@ RANGES: dict[str, tuple] = {
     "encoder_learning_rate": POSITIVE,
     "weight_decay": (0, inf),
     "knn_neighbors": (1, inf),
+    "supervised.epochs": (1, inf),
+    "supervised.batch_size": (2, inf),
+    "supervised.learning_rate": POSITIVE,
+    "supervised.weight_decay": (0, inf),
     "map_images": (2, inf),
     "perplexity": (1, inf),
     "queries": (1, inf),
@@ -129,7 +133,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "partition.class_assignment_mode": ("deterministic", "first-deterministic", "random"),
     "model.encoder": ("resnet18", "resnet50"),
     "model.stem": ("auto", "conv3x3_stride1", "conv3x3_stride2", "imagenet"),
-    "mode": ("linear", "finetune"),
+    "mode": ("linear", "finetune", "supervised"),
 }
 
 

@@ -12,6 +12,11 @@ from tqdm import tqdm
 from errors import WARNING
 from terminal import is_live, paint
 
+EVALUATIONS = {
+    "linear": "Linear evaluation",
+    "finetune": "Fine-tuning",
+    "supervised": "Supervised training from scratch",
+}
 TRAIN_SHARE = 0.9  # of a round's time, until the first round tells
 
 
@@ -180,7 +185,7 @@ def _cell(value: float | None, form: str) -> str:
 def evaluation_title(result: Mapping[str, Any]) -> str:
     """Say in a line how an evaluation was made."""
     protocol, count = result["protocol"], result["protocol"]["seeds"]
-    title = "Linear evaluation" if result["mode"] == "linear" else "Fine-tuning"
+    title = EVALUATIONS[result["mode"]]
     return (
         f"{title}: {100 * protocol['label_fraction']:g} % of the labels "
         f"({result['labelled_images']:,}), {protocol['epochs']} epochs, top-1 on all "

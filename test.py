@@ -4,6 +4,7 @@ python test.py                          # the newest run
 python test.py run=outputs/DATE/TIME label_fraction=0.02 seeds=5
 python test.py checkpoint=FILE
 python test.py mode=finetune            # the encoder is tuned too
+python test.py mode=supervised          # instead: the same network on the labels alone
 python test.py dataset=imagefolder dataset.path=labelled label_fraction=1
 """
 
@@ -16,148 +17,32 @@ import copy
 import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import train_test_split
-from sklearn.preprocessing import StandardScaler
-from torch import Tensor, nn
+from torch import nn
 
-from augment import Augmentation, make_augmentation, view_size
+from augment import make_augmentation, view_size
 from checkpoints import load_checkpoint
 from config import run_entry
 from display import Waiting, make_report, print_results
 from errors import UserError
 from features import extract_features, knn_accuracy
+from heads import draw_labelled, finetune, train_linear_head, train_supervised
 from model import SimCLR, build_model, load_state
 from rundir import RunDirectory, provenance
-from utils import ImageSet, choose_device, choose_dtype, derive_seed, generator_for, open_image_set
+from utils import ImageSet, choose_device, choose_dtype, derive_seed, open_image_set
 
 PROTOCOL = (
     *("label_fraction", "seeds", "epochs", "batch_size", "learning_rate", "weight_decay"),
     *("encoder_learning_rate", "knn_neighbors"),
 )
 PREPARATION = ("image_size", "mean", "std")  # of images for an encoder
-
-
-def draw_labelled(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Draw the rows whose labels the head may see: stratified, sorted, int64.
-
-    Raises:
-        UserError: too few for every class to appear.
-    """
-    rows = np.arange(len(labels))
-    if fraction == 1:
-        return rows
-    classes = np.unique(labels)
-    remedy = f"too few labels for each of the {len(classes)} classes to appear; raise it"
-    try:
-        drawn, _ = train_test_split(rows, train_size=fraction, stratify=labels, random_state=seed)
-    except ValueError as error:
-        raise UserError(f"label_fraction={fraction}: {remedy}") from error
-    if len(np.unique(labels[drawn])) < len(classes):
-        raise UserError(f"label_fraction={fraction}: {len(drawn)} labels, {remedy}")
-    return np.sort(drawn)
-
-
-def train_linear_head(
-    features: np.ndarray,
-    labels: np.ndarray,
-    num_classes: int,
-    settings: Mapping[str, Any],
-    seed: int,
-) -> Callable[[np.ndarray], np.ndarray]:
-    """Train a linear softmax classifier on standardized features, float32 (N, D).
-
-    SGD with momentum 0.9, the rate falling to zero along a cosine.
-
-    Returns:
-        A function from features (M, D) to predicted classes (M,).
-    """
-    scaler = StandardScaler().fit(features)
-    inputs = torch.from_numpy(scaler.transform(features)).float()
-    targets = torch.from_numpy(labels)
-    head = nn.Linear(inputs.shape[1], num_classes)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    groups = [{"params": head.parameters(), "lr": settings["learning_rate"]}]
-    order = generator_for(seed, "head")
-    _fit(groups, lambda rows: head(inputs[rows]), targets, settings, order)
-
-    @torch.inference_mode()
-    def predict(queries: np.ndarray) -> np.ndarray:
-        return head(torch.from_numpy(scaler.transform(queries)).float()).argmax(dim=1).numpy()
-
-    return predict
-
-
-def _fit(
-    groups: list[dict[str, Any]],
-    logits_of: Callable[[Tensor], Tensor],
-    targets: Tensor,
-    settings: Mapping[str, Any],
-    generator: torch.Generator,
-) -> None:
-    """Minimize the cross entropy over rows for the epochs of the settings."""
-    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=settings["weight_decay"])
-    batches = -(-len(targets) // settings["batch_size"])
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings["epochs"] * batches)
-    for _ in range(settings["epochs"]):
-        for rows in torch.randperm(len(targets), generator=generator).chunk(batches):
-            loss = F.cross_entropy(logits_of(rows), targets[rows].to(groups[0]["params"][0].device))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-
-
-def finetune(
-    model: SimCLR,
-    images: np.ndarray,
-    labels: np.ndarray,
-    num_classes: int,
-    augmentation: Augmentation,
-    settings: Mapping[str, Any],
-    dtype: torch.dtype,
-    seed: int,
-) -> nn.Module:
-    """Train the encoder in place together with a linear head on labelled images.
-
-    The images (uint8, (N, 3, H, W)) are cropped, turned and flipped as in
-    training, their colours stay. BatchNorm keeps its statistics: those of small
-    labelled batches are worse. Returns the head.
-    """
-    device = model.mean.device
-    head = nn.Linear(model.feature_size, num_classes, device=device)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    mild = replace(augmentation, jitter=0.0, grayscale=0.0, blur=0.0)
-    generator = generator_for(seed, "finetune")
-
-    def logits_of(rows: Tensor) -> Tensor:
-        batch = torch.from_numpy(images[rows.numpy()]).to(device)
-        views = mild.two_views(batch, generator)[: len(rows)]
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return head(model.features(views)).float()
-
-    model.eval()
-    groups = [
-        {"params": list(head.parameters()), "lr": settings["learning_rate"]},
-        {
-            "params": list(model.encoder.parameters()),
-            "lr": settings["encoder_learning_rate"],
-            "weight_decay": 0.0,
-        },
-    ]
-    _fit(groups, logits_of, torch.from_numpy(labels), settings, generator)
-    return head
 
 
 def state_digest(module: nn.Module) -> str:
@@ -229,17 +114,27 @@ class Evaluation:
 
     def tuned(self, name: str, model: SimCLR) -> list[dict[str, Any]]:
         """Score the encoder tuned together with its head, from the same start for each seed."""
+        return [row(name, "fine-tuned", self._train_whole(model, finetune, self.settings))]
+
+    def supervised(self, name: str, model: SimCLR) -> list[dict[str, Any]]:
+        """Score the network trained on the labelled images alone, from these weights."""
+        settings = self.settings.supervised
+        return [row(name, "supervised", self._train_whole(model, train_supervised, settings))]
+
+    def _train_whole(
+        self, model: SimCLR, train: Callable[..., nn.Module], settings: Mapping[str, Any]
+    ) -> list[float]:
         scores = []
         augmentation = make_augmentation(self.config.augment, self.size)
         for seed, labelled in zip(self.seeds, self.labelled, strict=True):
             tuned = copy.deepcopy(model)
-            head = finetune(
+            head = train(
                 tuned,
                 np.asarray(self.train.pixels[labelled]),
                 self.train.labels[labelled],
                 self.num_classes,
                 augmentation,
-                self.settings,
+                settings,
                 self.dtype,
                 seed,
             )
@@ -247,7 +142,7 @@ class Evaluation:
             with torch.inference_mode():
                 predicted = head(features).argmax(dim=1).cpu().numpy()
             scores.append(float((predicted == self.test.labels).mean()))
-        return [row(name, "fine-tuned", scores)]
+        return scores
 
     def raw_pixels(self) -> dict[str, Any]:
         """Score logistic regression on the pixels: what can be had without any encoder."""
@@ -324,12 +219,17 @@ def evaluate_run(
     model, round_number = load_trained(config, checkpoint, choose_device())
     evaluation = Evaluation(config, settings, image_set, round_number)
     random_model = build_model(config.model, config.dataset, config.seed, evaluation.device)
-    score = evaluation.tuned if settings.mode == "finetune" else evaluation.frozen
-    rows = score("federated SimCLR", model) + score("random encoder", random_model)
+    protocol = {key: settings[key] for key in PROTOCOL}
+    if settings.mode == "supervised":
+        protocol |= settings.supervised
+        rows = evaluation.supervised("labels only", random_model)
+    else:
+        score = evaluation.tuned if settings.mode == "finetune" else evaluation.frozen
+        rows = score("federated SimCLR", model) + score("random encoder", random_model)
     result = {
         "mode": settings.mode,
         "dataset": config.dataset.name,
-        "protocol": {key: settings[key] for key in PROTOCOL},
+        "protocol": protocol,
         "round": round_number,
         "labelled_images": len(evaluation.labelled[0]),
         "test_images": len(evaluation.test.pixels),

@@ -45,7 +45,12 @@ RUNS: dict[str, list[str]] = {
 }
 # Evaluations besides that of main.py, by run.
 EVALUATIONS: dict[str, list[list[str]]] = {
-    "reference": [["label_fraction=0.01"], ["label_fraction=1.0"], ["mode=finetune"]],
+    "reference": [
+        ["label_fraction=0.01"],
+        ["label_fraction=1.0"],
+        ["mode=finetune"],
+        ["mode=supervised"],
+    ],
     "centralized": [["label_fraction=0.01"], ["label_fraction=1.0"]],
 }
 

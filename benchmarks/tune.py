@@ -29,10 +29,10 @@ sys.path.insert(0, str(ROOT))
 from augment import make_augmentation, view_size  # noqa: E402
 from config import load_config  # noqa: E402
 from features import extract_features, knn_accuracy  # noqa: E402
+from heads import draw_labelled, train_linear_head  # noqa: E402
 from model import build_model  # noqa: E402
 from resources import count_cores  # noqa: E402
 from rundir import provenance  # noqa: E402
-from test import draw_labelled, train_linear_head  # noqa: E402
 from training import local_train, make_optimization  # noqa: E402
 from utils import (  # noqa: E402
     Images,

@@ -11,9 +11,10 @@ import test as evaluation
 from checkpoints import Checkpoint, save_checkpoint
 from config import load_config
 from errors import UserError
+from heads import draw_labelled, train_linear_head
 from model import build_model
 from rundir import RunDirectory
-from test import Evaluation, draw_labelled, evaluate_run, find_checkpoint, state_digest
+from test import Evaluation, evaluate_run, find_checkpoint, state_digest
 from utils import Images, ImageSet
 
 CPU = torch.device("cpu")
@@ -53,7 +54,7 @@ def test_a_linear_head_learns_what_is_linear(settings, rng):
     features = rng.normal(size=(300, 5)).astype(np.float32) * [1, 10, 100, 1, 1] + 50
     labels = (features[:, 1] > 50).astype(np.int64)
     settings.epochs, settings.learning_rate = 40, 0.1
-    predict = evaluation.train_linear_head(features, labels, 2, settings, seed=0)
+    predict = train_linear_head(features, labels, 2, settings, seed=0)
     assert (predict(features) == labels).mean() > 0.95
 
 
@@ -115,6 +116,15 @@ def test_a_run_is_evaluated_beside_its_baselines_and_recorded(run, config, setti
     assert recorded["rows"] == result["rows"]
     assert recorded["protocol"]["epochs"] == 5
     assert {"commit", "versions", "hardware"} <= recorded["measured"].keys()
+
+
+def test_supervised_training_starts_afresh_and_learns(config, settings, digits, model):
+    before = state_digest(model)
+    settings.seeds, settings.supervised.epochs = 1, 12
+    (row,) = Evaluation(config, settings, digits).supervised("labels only", model)
+    assert row["method"] == "supervised"
+    assert row["mean"] > 0.5
+    assert state_digest(model) == before
 
 
 def test_fine_tuning_changes_a_copy_and_beats_chance(config, settings, digits, model):

@@ -20,7 +20,7 @@ LEVELS = [
     | {"wire"},
     {"answers", "certificates", "checkpoints", "encoder", "features", "launch_checks", "training"}
     | {"updates", "utils"},
-    {"client", "export", "figures", "launch", "rundir", "strategies"},
+    {"client", "heads", "export", "figures", "launch", "rundir", "strategies"},
     {"embed", "resume", "server", "test"},
     {"gather", "pictures"},
     {"report"},
