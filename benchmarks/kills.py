@@ -3,7 +3,9 @@
     python benchmarks/kills.py --kills 50 --out results/kills.json
 
 Each trial starts the same small run on digits, sends SIGKILL to its main process
-at a moment drawn from the whole duration, and resumes it. Counted are completed
+at a random moment of a phase of the run (the start, one of the rounds, the
+evaluation at the end; each as likely as the others, which time alone would not
+give: the start takes longer than all rounds), and resumes it. Counted are completed
 rounds that were lost, ends whose final weights, encoder, metrics (but for
 durations) or evaluation differ from the untouched run's, and processes that
 outlived their main process by more than 90 s.
@@ -21,6 +23,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -107,21 +111,48 @@ def count_rounds(run: Path) -> int:
     return len(file.read_text().splitlines()) if file.exists() else 0
 
 
-def try_once(folder: Path, expected: dict[str, Any], moment_s: float, number: int) -> dict:
-    """Kill a run some seconds after its directory appeared, resume it, and compare."""
+def follow(process: subprocess.Popen, output: Path) -> list[float]:
+    """Wait for the end of a run; give the durations of its phases in seconds.
+
+    These are from its directory's appearance to the end of the first round, each
+    further round, and the rest.
+    """
+    while not (output / "latest").exists():
+        if process.poll() is not None:
+            raise SystemExit(process.communicate()[0])
+        time.sleep(0.02)
+    ends = [time.monotonic()]
+    while process.poll() is None:
+        done = count_rounds(output / "latest")
+        ends += [time.monotonic()] * (done + 1 - len(ends))
+        time.sleep(0.02)
+    ends.append(time.monotonic())
+    text, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit(text)
+    return [after - before for before, after in pairwise(ends)]
+
+
+def try_once(
+    folder: Path, expected: dict[str, Any], phase: int, delay_s: float, number: int
+) -> dict:
+    """Kill a run some seconds after so many rounds, resume it, and compare."""
     output, mark = folder / f"run{number}", f"kills-{os.getpid()}"
     output.mkdir()
     process = start(output, mark, *RUN, f"cache_dir={folder}/cache")
     while not (output / "latest").exists():
         time.sleep(0.02)
-    time.sleep(moment_s)
+    while process.poll() is None and count_rounds(output / "latest") < phase:
+        time.sleep(0.01)
+    time.sleep(delay_s)
     finished = process.poll() is not None
     if not finished:
         process.kill()
     process.communicate()
     run = (output / "latest").resolve()
     before = count_rounds(run)
-    trial: dict[str, Any] = {"seconds": round(moment_s, 2), "rounds_before": before}
+    trial: dict[str, Any] = {"after_round": phase, "and_seconds": round(delay_s, 2)}
+    trial["rounds_before"] = before
     if finished and (run / "results.json").exists():
         return trial | {"finished_before": True, "differs": compare(outcome(run), expected)}
     resumed = start(output, mark, "resume=latest")
@@ -155,30 +186,23 @@ def run_trials(
     output = folder / "untouched"
     output.mkdir()
     process = start(output, "untouched", *RUN, f"cache_dir={folder}/cache")
-    while not (output / "latest").exists():
-        if process.poll() is not None:
-            raise SystemExit(process.communicate()[0])
-        time.sleep(0.02)
-    began = time.monotonic()
-    text, _ = process.communicate()
-    duration = time.monotonic() - began
-    if process.returncode:
-        raise SystemExit(text)
+    durations = follow(process, output)
     expected = outcome((output / "latest").resolve())
     draw = random.Random(seed)
     trials = []
     while (left := kills - sum(not trial.get("finished_before") for trial in trials)) > 0:
         numbers = range(len(trials), len(trials) + min(left, at_once))
-        moments = [draw.uniform(0, duration) for _ in numbers]
+        phases = [draw.randrange(len(durations)) for _ in numbers]
+        delays = [draw.uniform(0, durations[phase]) for phase in phases]
         with ThreadPoolExecutor(at_once) as pool:
-            found = list(pool.map(lambda m, n: try_once(folder, expected, m, n), moments, numbers))
+            found = list(pool.map(partial(try_once, folder, expected), phases, delays, numbers))
         trials += found
         print("\n".join(map(json.dumps, found)), flush=True)
-        keep(summary(trials, duration))
-    return summary(trials, duration)
+        keep(summary(trials, durations))
+    return summary(trials, durations)
 
 
-def summary(trials: list[dict[str, Any]], duration: float) -> dict[str, Any]:
+def summary(trials: list[dict[str, Any]], durations: list[float]) -> dict[str, Any]:
     """Count what went wrong."""
     killed = [trial for trial in trials if not trial.get("finished_before")]
     return {
@@ -186,7 +210,7 @@ def summary(trials: list[dict[str, Any]], duration: float) -> dict[str, Any]:
         "resumed": sum("failed" not in trial for trial in killed),
         "lost_rounds": sum(trial.get("lost_rounds", 0) for trial in killed),
         "identical_ends": sum(not trial["differs"] for trial in killed),
-        "run_s": duration,
+        "phases_s": [round(duration, 2) for duration in durations],
         "trials": trials,
     }
 

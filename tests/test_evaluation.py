@@ -120,10 +120,10 @@ def test_a_run_is_evaluated_beside_its_baselines_and_recorded(run, config, setti
 
 def test_supervised_training_starts_afresh_and_learns(config, settings, digits, model):
     before = state_digest(model)
-    settings.seeds, settings.supervised.epochs = 1, 12
+    settings.seeds, settings.supervised.epochs, settings.supervised.batch_size = 1, 10, 16
     (row,) = Evaluation(config, settings, digits).supervised("labels only", model)
     assert row["method"] == "supervised"
-    assert row["mean"] > 0.5
+    assert row["mean"] > 0.25  # 90 steps; chance is 0.1
     assert state_digest(model) == before
 
 
