@@ -2,7 +2,7 @@ import numpy as np
 import torch
 from conftest import CPU
 
-from features import extract_features, knn_accuracy
+from features import extract_features, knn_accuracy, nearest_neighbours
 
 
 def test_features_come_from_eval_mode_and_leave_no_trace(model, digits):
@@ -30,3 +30,10 @@ def test_knn_lets_near_neighbours_outvote_many_far_ones():
     labels = np.array([0, 1, 1, 1])
     query = np.array([[1, 0.05]], dtype=np.float32)
     assert knn_accuracy(bank, labels, query, np.array([0]), neighbors=4) == 1.0
+
+
+def test_nearest_neighbours_follow_the_direction_and_leave_the_query_out():
+    features = np.array([[1, 0], [5, 0.1], [0, 1], [0, 0], [1, 0]], dtype=np.float32)
+    rows, similarity = nearest_neighbours(features, np.array([0, 2]), 3)
+    assert rows.tolist() == [[4, 1, 2], [1, 0, 3]]
+    np.testing.assert_allclose(similarity[0], [1, 5 / np.hypot(5, 0.1), 0], atol=1e-6)
