@@ -16,7 +16,7 @@ from model import Encoder, load_state
 ENCODER_FILE = "encoder.safetensors"
 MAX_IMAGE_SIZE = 4096
 INPUT = (
-    "RGB; the shorter side resized to image_size, the longer one cropped to the middle; "
+    "RGB; cropped to the square in the middle, resized to image_size x image_size; "
     "values divided by 255, minus mean, divided by std"
 )
 

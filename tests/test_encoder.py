@@ -17,6 +17,7 @@ from encoder import ENCODER_FILE, find_encoder, load_encoder, pack_encoder
 from errors import UserError
 from features import extract_features
 from model import build_model
+from sources import decode
 
 README = (ROOT / "README.md").read_text()
 ELSEWHERE = README.partition("### The encoder elsewhere")[2]
@@ -68,7 +69,7 @@ def test_the_readmes_lines_give_the_same_features_without_this_project(
 ):
     write_encoder(tmp_path / "outputs" / "latest", *overrides)
     pixels = rng.integers(0, 256, (*image_shape, 3), dtype=np.uint8)
-    Image.fromarray(pixels).resize(image_shape[::-1]).save(tmp_path / "photo.png")
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
     theirs = run_snippet(tmp_path)
     trained = load_encoder(find_encoder(None, str(tmp_path / "outputs" / "latest")))
     size = trained.image_size
@@ -76,9 +77,7 @@ def test_the_readmes_lines_give_the_same_features_without_this_project(
         images = pixels.transpose(2, 0, 1)[None]
         ours = extract_features(trained.model, images, CPU, torch.float32, 1)[0]
         np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-5)
-    else:  # torchvision resizes a little differently from Pillow
-        from sources import decode
-
+    else:  # torchvision and Pillow round differently
         images = decode(tmp_path / "photo.png", size)[None]
         ours = extract_features(trained.model, images, CPU, torch.float32, 1)[0]
         cosine = theirs @ ours / np.linalg.norm(theirs) / np.linalg.norm(ours)
