@@ -26,9 +26,10 @@ from terminal import paint
 INTERRUPT_GRACE_S = 15.0
 CONF = Path(__file__).resolve().parent / "conf"
 
-# Hydra's own command line, https://hydra.cc/docs/advanced/hydra-command-line-flags
+# Hydra's own command line, https://hydra.cc/docs/advanced/hydra-command-line-flags, but for
+# --run: to run is what happens anyway, and `--run DIR` is the run to evaluate
 HYDRA_SWITCHES = {
-    *("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r"),
+    *("--help", "-h", "--hydra-help", "--version", "--resolve", "-r"),
     *("--multirun", "-m", "--shell-completion", "-sc"),
 }
 HYDRA_OPTIONS = {

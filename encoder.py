@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -15,7 +16,7 @@ from model import Encoder, load_state
 ENCODER_FILE = "encoder.safetensors"
 MAX_IMAGE_SIZE = 4096
 INPUT = (
-    "RGB; the shorter side resized to image_size, the longer one cropped to the middle; "
+    "RGB; cropped to the square in the middle, resized to image_size x image_size; "
     "values divided by 255, minus mean, divided by std"
 )
 
@@ -107,4 +108,4 @@ def load_encoder(file: Path) -> TrainedEncoder:
         raise UserError(
             f"encoder={file}: damaged, or not the encoder of a run ({error}); use another"
         ) from error
-    return TrainedEncoder(model.eval(), size, facts)
+    return TrainedEncoder(model.eval().to(memory_format=torch.channels_last), size, facts)

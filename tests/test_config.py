@@ -23,6 +23,7 @@ OPEN |= {"_target_", "output_dir", "run_dir", "cache_dir"}
         (["--dataset", "cifar10", "seed=1"], ["dataset=cifar10", "seed=1"]),
         (["--train.batch_size", "32"], ["train.batch_size=32"]),
         (["--seed", "-1"], ["seed=-1"]),
+        (["--run", "outputs/latest"], ["run=outputs/latest"]),
         (["--multirun", "seed=1,2"], ["--multirun", "seed=1,2"]),
         (["-m", "--seed=1,2"], ["-m", "seed=1,2"]),
         (["--cfg", "job", "--resolve"], ["--cfg", "job", "--resolve"]),

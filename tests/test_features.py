@@ -3,7 +3,7 @@ import torch
 from conftest import CPU
 from PIL import Image
 
-from features import extract_features, knn_accuracy, shrink
+from features import extract_features, knn_accuracy, nearest_neighbours, shrink
 
 
 def test_features_come_from_eval_mode_and_leave_no_trace(model, digits):
@@ -48,3 +48,10 @@ def test_features_are_those_of_the_shrunk_images(model, digits):
     whole = extract_features(model, enlarged, CPU, torch.float32, 3, 16)
     own = extract_features(model, small, CPU, torch.float32, 3, 8)
     assert np.abs(shrunk - own).mean() < np.abs(whole - own).mean()
+
+
+def test_nearest_neighbours_follow_the_direction_and_leave_the_query_out():
+    features = np.array([[1, 0], [5, 0.1], [0, 1], [0, 0], [1, 0]], dtype=np.float32)
+    rows, similarity = nearest_neighbours(features, np.array([0, 2]), 3)
+    assert rows.tolist() == [[4, 1, 2], [1, 0, 3]]
+    np.testing.assert_allclose(similarity[0], [1, 5 / np.hypot(5, 0.1), 0], atol=1e-6)

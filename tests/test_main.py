@@ -108,6 +108,7 @@ def test_the_encoder_loads_into_plain_torchvision(finished):
     with safe_open(file, framework="pt") as opened:
         facts = opened.metadata()
     assert (facts["architecture"], facts["stem"]) == ("resnet18", "conv3x3_stride1")
+    assert (facts["dataset"], facts["rounds"]) == ("digits", "2")
     plain = torchvision.models.resnet18()
     plain.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
     missing, unexpected = plain.load_state_dict(load_file(file), strict=False)
