@@ -184,8 +184,8 @@ def print_results(result: Mapping[str, Any]) -> None:
     title = "Linear evaluation" if result["mode"] == "linear" else "Fine-tuning"
     print(
         f"{title}: {100 * protocol['label_fraction']:g} % of the labels ({labelled:,}), "
-        f"{protocol['epochs']} epochs, top-1 on all {tested:,} test images, "
-        f"{count} {'seeds' if count > 1 else 'seed'}"
+        f"{protocol['epochs']} epochs, {count} {'seeds' if count > 1 else 'seed'},\n"
+        f"top-1 on all {tested:,} test images"
     )
     for place, row in enumerate(rows):
         spread = f" ± {100 * row['std']:.1f}" if row["std"] is not None else ""
