@@ -183,13 +183,13 @@ def _cell(value: float | None, form: str) -> str:
 
 
 def evaluation_title(result: Mapping[str, Any]) -> str:
-    """Say in a line how an evaluation was made."""
+    """Say in two lines how an evaluation was made."""
     protocol, count = result["protocol"], result["protocol"]["seeds"]
     title = EVALUATIONS[result["mode"]]
     return (
         f"{title}: {100 * protocol['label_fraction']:g} % of the labels "
-        f"({result['labelled_images']:,}), {protocol['epochs']} epochs, top-1 on all "
-        f"{result['test_images']:,} test images, {count} {'seeds' if count > 1 else 'seed'}"
+        f"({result['labelled_images']:,}), {protocol['epochs']} epochs, {count} "
+        f"{'seeds' if count > 1 else 'seed'},\ntop-1 on all {result['test_images']:,} test images"
     )
 
 

@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 import logging
 from pathlib import Path
+from textwrap import fill, indent
 from threading import Event
 
 import torch
@@ -166,7 +167,7 @@ def print_opening(
     print(f"  model      {config.model.encoder}, {model.stem} stem, {weights / 1e6:.1f} M weights")
     print(
         f"  running    {resources.at_a_time} client{'s' if resources.at_a_time > 1 else ''} at a "
-        f"time, each on {cores}{share}, device {device.type}, precision {dtype}"
+        f"time, each on {cores}{share},\n             device {device.type}, precision {dtype}"
     )
     print(f"  directory  {show_path(run.path)}\n")
 
@@ -175,7 +176,8 @@ def print_ending(config: DictConfig, run: RunDirectory, labelled: bool) -> None:
     """Say where everything lies and what to try next."""
     print(f"\nEverything is in {show_path(run.path)}")
     names = [f.name + "/" * f.is_dir() for f in run.path.iterdir() if f.name[0] != "."]
-    print("  " + ", ".join(sorted(n for n in names if not n.startswith("events."))))
+    listed = ", ".join(sorted(n for n in names if not n.startswith("events.")))
+    print(indent(fill(listed, 78), "  "))
     board = f"tensorboard --logdir {show_path(Path(config.output_dir))}"
     commands = {
         "python test.py label_fraction=0.02": "the same encoder, fewer labels",

@@ -67,7 +67,7 @@ def test_every_readable_image_gets_the_features_of_the_evaluation(run, photos, t
     trained = load_encoder(run / ENCODER_FILE)
     assert trained.facts.items() <= facts.items()
     pixels = np.stack([decode(photos / path, 8) for path in paths])
-    expected = extract_features(trained.model, pixels, CPU, torch.float32, 5)
+    expected = extract_features(trained.model, pixels, CPU, torch.float32, 5, 8)
     np.testing.assert_allclose(
         np.stack(table["features"].to_numpy()), expected, rtol=1e-4, atol=1e-5
     )

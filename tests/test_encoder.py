@@ -75,11 +75,11 @@ def test_the_readmes_lines_give_the_same_features_without_this_project(
     size = trained.image_size
     if image_shape == (size, size):
         images = pixels.transpose(2, 0, 1)[None]
-        ours = extract_features(trained.model, images, CPU, torch.float32, 1)[0]
+        ours = extract_features(trained.model, images, CPU, torch.float32, 1, size)[0]
         np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-5)
     else:  # torchvision and Pillow round differently
         images = decode(tmp_path / "photo.png", size)[None]
-        ours = extract_features(trained.model, images, CPU, torch.float32, 1)[0]
+        ours = extract_features(trained.model, images, CPU, torch.float32, 1, size)[0]
         cosine = theirs @ ours / np.linalg.norm(theirs) / np.linalg.norm(ours)
         assert cosine > 0.99
 
@@ -87,7 +87,7 @@ def test_the_readmes_lines_give_the_same_features_without_this_project(
 def test_what_is_written_is_read(tmp_path, digits):
     model = write_encoder(tmp_path)
     trained = load_encoder(tmp_path / ENCODER_FILE)
-    arguments = (digits.test.pixels[:10], CPU, torch.float32, 10)
+    arguments = (digits.test.pixels[:10], CPU, torch.float32, 10, 8)
     ours, theirs = extract_features(model, *arguments), extract_features(trained.model, *arguments)
     np.testing.assert_array_equal(ours, theirs)
     assert trained.image_size == 8

@@ -339,13 +339,15 @@ def test_hydras_own_flags_still_work():
 def test_a_terminal_shows_the_clients_of_a_round_and_bold_is_the_headline_alone(
     tmp_path, cache_dir
 ):
-    command = [sys.executable, ROOT / "main.py", *SMALL, FAST, "eval.seeds=1"]
+    command = [sys.executable, ROOT / "main.py", *SMALL, "num_rounds=1", FAST, "eval.seeds=1"]
     places = [f"output_dir={tmp_path}", f"cache_dir={cache_dir}"]
     status, text = in_terminal([*command, *places])
     assert status == 0, text
     assert re.search(
-        r"round 1/2 \|.*\| [12]/2 clients trained, [\d,]+ images/s, \d\d:\d\d left", text
+        r"round 1/1 \|.*\| [12]/2 clients trained, [\d,]+ images/s, \d\d:\d\d left", text
     )
+    lines = re.sub(r"\x1b\[\w+", "", text).replace(str(tmp_path), "").splitlines()
+    assert max(map(len, lines)) <= 80
     bold = re.findall(r"\x1b\[1m(.*?)\x1b\[0m", text)
     assert len(bold) == 1
     assert "federated SimCLR" in bold[0]
@@ -362,7 +364,7 @@ def test_quiet_leaves_the_table(tmp_path, cache_dir):
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0].startswith("Linear evaluation: ")
-    assert len(lines) == 6
+    assert len(lines) == 7
     again = start("test.py", "--quiet", f"--run={tmp_path}/latest", "seeds=1", *places[1:])
     assert (again.returncode, again.stderr) == (0, "")
     assert again.stdout == done.stdout

@@ -222,7 +222,7 @@ def test_the_map_shows_the_baseline_and_the_trained_encoder(finished, digits, tm
     assert encoded.before.shape == encoded.after.shape == (40, 512)
     untrained = pictures.build_model(config.model, config.dataset, config.seed, CPU)
     dtype = pictures.choose_dtype("float32", CPU)
-    expected = pictures.extract_features(untrained, encoded.pixels, CPU, dtype, 256)
+    expected = pictures.extract_features(untrained, encoded.pixels, CPU, dtype, 256, 8)
     np.testing.assert_allclose(encoded.before, expected, rtol=1e-4, atol=1e-5)
     assert np.abs(encoded.before - encoded.after).max() > 1e-3
     picture = picture_map(config, {"perplexity": 30}, encoded, digits, tmp_path / "map.png")
