@@ -20,6 +20,8 @@ BLUE, ORANGE, INK = "#2a6fb0", "#c8571b", "#333333"
 WIDTH = 5.2  # inches: the letters stay readable on a phone
 NEAREST = 8  # neighbours beside each query
 MAX_COLUMNS = 50  # partitions that fit side by side
+MAX_LETTERS = 11  # of a class's name
+LEGEND_COLUMNS = 5
 MAX_NAMES = 20  # classes with a name and a colour that can be told apart
 HEALTH = (
     ("effective_rank", "effective rank", (COLLAPSED_RANK, "below: collapsed")),
@@ -88,18 +90,28 @@ def draw_map(
             there are more classes than colours.
     """
     few = len(class_names) <= MAX_NAMES
-    figure = Figure(figsize=(WIDTH, 3.6 if few else 2.9), layout="constrained")
+    lines = -(-len(class_names) // LEGEND_COLUMNS) if few else 0
+    figure = Figure(figsize=(WIDTH, 2.9 + 0.25 * lines), layout="constrained")
     colors = _class_colors(len(class_names))
     for axes, (title, points) in zip(figure.subplots(1, len(maps)), maps.items(), strict=True):
-        for label, (name, color) in enumerate(zip(class_names, colors, strict=True)):
+        for label, (name, color) in enumerate(zip(_short(class_names), colors, strict=True)):
             dots = points[labels == label]
             axes.scatter(dots[:, 0], dots[:, 1], s=5, color=color, linewidth=0, label=name)
         axes.set_title(title, color=INK, fontsize="medium")
         axes.set(xticks=[], yticks=[], box_aspect=1)
         axes.spines[:].set_color("#dddddd")
     if few:
-        names = axes.get_legend_handles_labels()
-        figure.legend(*names, loc="outside lower center", ncols=5, frameon=False, markerscale=2.5)
+        figure.legend(
+            *axes.get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=LEGEND_COLUMNS,
+            frameon=False,
+            fontsize="small",
+            markerscale=2.5,
+            handlelength=1,
+            handletextpad=0.4,
+            columnspacing=1,
+        )
     _save(figure, file)
 
 
@@ -165,7 +177,7 @@ def draw_partitions(counts: np.ndarray, class_names: Sequence[str], file: Path) 
     axes = figure.add_subplot()
     shown = axes.imshow(counts.T, cmap="Blues", vmin=0, aspect="auto", interpolation="nearest")
     if len(class_names) <= MAX_NAMES:
-        axes.set_yticks(range(len(class_names)), class_names)
+        axes.set_yticks(range(len(class_names)), _short(class_names))
     axes.set_ylabel("class")
     if len(counts) <= 10:
         for (partition, label), count in np.ndenumerate(counts):
@@ -191,6 +203,10 @@ def _draw_spread(counts: np.ndarray, file: Path) -> None:
     _save(figure, file)
 
 
+def _short(names: Sequence[str]) -> list[str]:
+    return [name if len(name) <= MAX_LETTERS else name[: MAX_LETTERS - 1] + "…" for name in names]
+
+
 def _class_colors(count: int) -> np.ndarray:
     """Pick a colour for each class, RGBA (count, 4)."""
     if count > MAX_NAMES:
@@ -208,6 +224,7 @@ def _style(axes: Axes, what: str, over: str = "round") -> None:
     axes.set_ylabel(what)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
