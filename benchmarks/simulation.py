@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 from resources import count_cores  # noqa: E402
 from rundir import provenance  # noqa: E402
 
-SAMPLE_EVERY_S = 1.0
+SAMPLE_EVERY_S = 5.0  # reading smaps costs time
 
 
 def client_memory() -> list[dict[str, float]]:
