@@ -23,6 +23,15 @@ from rundir import LATEST, RunDirectory
 
 MAIN_METRIC = "linear head, 10 %"
 SEED = "seed"
+# What goes with a choice says nothing new: it counts only where runs of the same choice differ.
+LEADERS = {
+    "partition": "partition._target_",
+    "strategy": "strategy._target_",
+    "model": "model.encoder",
+    "dataset": "dataset.name",
+    "augment": "dataset.name",
+    "train": "dataset.name",
+}
 
 
 def find_runs(places: Sequence[Path]) -> list[RunDirectory]:
@@ -49,7 +58,7 @@ def read_settings(run: RunDirectory) -> dict[str, Any]:
     return {
         key: str(value) if isinstance(value, list) else value
         for key, value in leaves.items()
-        if key not in kept and not key.startswith("eval.")
+        if key not in kept and not key.startswith(("eval.", "figures.")) and ".seed" not in key
     }
 
 
@@ -81,9 +90,17 @@ def gather(runs: Sequence[RunDirectory]) -> tuple[pd.DataFrame, list[str], list[
         else:
             empty.append(run)
     every = pd.DataFrame([settings for settings, _ in rows])
-    differing = [k for k in every if k != SEED and every[k].nunique(dropna=False) > 1]
+    differing = [key for key in every if key != SEED and _tells(key, every)]
     frame = every[[*differing, SEED]] if rows else every
     return pd.concat([frame, pd.DataFrame([s for _, s in rows])], axis=1), differing, empty
+
+
+def _tells(key: str, settings: pd.DataFrame) -> bool:
+    """Tell whether runs differ in a setting, other than by what a larger choice brings along."""
+    leader = LEADERS.get(key.partition(".")[0])
+    if leader is None or key == leader:
+        return settings[key].nunique(dropna=False) > 1
+    return bool((settings.groupby(leader)[key].nunique(dropna=False) > 1).any())
 
 
 def summarize(frame: pd.DataFrame, settings: Sequence[str]) -> pd.DataFrame:
@@ -106,13 +123,18 @@ def to_markdown(table: pd.DataFrame) -> str:
     settings = [name for name in table.index.names if name]
     scores = [name for name in table.columns.levels[0] if name != "runs"]
     scores.sort(key=lambda name: [column for column, _ in table.columns].index(name))
-    head = [*(name.rpartition(".")[2] for name in settings), "runs", *scores]
+    head = [*map(_title, settings), "runs", *scores]
     lines = [_line(head), _line(["---"] * len(head))]
     for index, row in table.iterrows():
         values = (index if isinstance(index, tuple) else (index,)) if settings else ()
         cells = [_mean_and_std(row[name, "mean"], row[name, "std"]) for name in scores]
         lines.append(_line([*(_short(v) for v in values), str(int(row["runs", ""])), *cells]))
     return "\n".join(lines) + "\n"
+
+
+def _title(setting: str) -> str:
+    """Name a setting's column: what it is called at its place, or what it chooses."""
+    return setting.removesuffix("._target_").rpartition(".")[2]
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -122,7 +144,8 @@ def _line(cells: Sequence[str]) -> str:
 def _short(value: Any) -> str:
     """Write a setting's value; a target without its modules."""
     text = "-" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)
-    return text.rpartition(".")[2] if text.startswith("flwr") else text
+    is_target = text.startswith("flwr")
+    return text.rpartition(".")[2].removesuffix("Partitioner") if is_target else text
 
 
 def _mean_and_std(mean: float, std: float) -> str:
@@ -143,14 +166,14 @@ def draw_comparison(frame: pd.DataFrame, settings: Sequence[str], metric: str, f
         means, stds = part[metric, "mean"], part[metric, "std"].fillna(0)
         axes.errorbar(x, means, yerr=stds, marker="o", capsize=4, label=label or None)
     if settings:
-        axes.set_xlabel(settings[0])
+        axes.set_xlabel(_title(settings[0]))
     if settings and pd.api.types.is_integer_dtype(frame[settings[0]]):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(f"{metric} (top-1, %)")
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     if len(settings) > 1:
-        axes.legend(title=", ".join(settings[1:]), frameon=False)
+        axes.legend(title=", ".join(map(_title, settings[1:])), frameon=False)
     figure.savefig(file, dpi=150)
 
 

@@ -62,6 +62,24 @@ def test_seeds_are_averaged_and_only_what_differs_is_shown(sweep):
     assert lines[2] == "| 2 | 2 | 65.0 ± 7.1 | 50.0 ± 0.0 | 2.0 ± 0.0 |"
 
 
+def test_what_a_choice_brings_along_is_not_told_twice(tmp_path):
+    for partition in ("iid", "dirichlet"):
+        for seed in (0, 1):
+            chosen = [f"partition={partition}", f"seed={seed}"]
+            make_run(tmp_path / f"{partition}{seed}", 0.5, chosen)
+    frame, settings, _ = gather(find_runs([tmp_path]))
+    assert settings == ["partition._target_"]
+    lines = to_markdown(summarize(frame, settings)).splitlines()
+    assert [line.split(" | ")[:2] for line in (lines[0], *lines[2:])] == [
+        ["| partition", "runs"],
+        ["| Dirichlet", "2"],
+        ["| Iid", "2"],
+    ]
+    make_run(tmp_path / "other", 0.5, ["partition=dirichlet", "partition.alpha=0.1"])
+    _, settings, _ = gather(find_runs([tmp_path]))
+    assert settings == ["partition._target_", "partition.alpha"]
+
+
 def test_a_single_run_has_no_spread(tmp_path):
     make_run(tmp_path / "run", 0.6)
     frame, settings, _ = gather(find_runs([tmp_path]))
