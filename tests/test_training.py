@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from augment import make_augmentation
+from augment import make_augmentation, view_size
+from config import CONF, load_config
 from features import extract_features, knn_accuracy
 from model import build_model
 from training import Optimization, cosine, hold_images, local_loss, local_train, make_optimization
@@ -80,6 +81,30 @@ def held_out_loss(config, digits, model, seed=0):
         dtype=torch.float32,
     )
     return loss
+
+
+EXPERIMENTS = [file.stem for file in (CONF / "experiment").glob("*.yaml")]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_trains_a_step(experiment, rng):
+    config = load_config("config", [f"experiment={experiment}", "train.batch_size=4"])
+    size = view_size(config.train.view_sizes, config.dataset.image_size, 1, config.num_rounds)
+    side = config.dataset.image_size
+    result = local_train(
+        build_model(config.model, config.dataset, 0, CPU),
+        rng.integers(0, 256, (8, 3, side, side), dtype=np.uint8),
+        np.arange(8),
+        make_augmentation(config.augment, size),
+        replace(make_optimization(config.train), max_steps=1),
+        run_part=(0, 1),
+        proximal_mu=0.0,
+        generator=generator_for(0, "test"),
+        device=CPU,
+        dtype=torch.float32,
+    )
+    assert 0 < result.loss < 10
+    assert config.dataset.name == experiment.partition("_")[0]
 
 
 def test_training_lowers_the_loss_of_unseen_images(config, digits, train):
