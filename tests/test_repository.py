@@ -182,14 +182,30 @@ def test_the_readmes_cost_of_the_wire_is_the_recorded_one():
 
 
 def test_the_readmes_speeds_are_the_recorded_ones():
-    recorded = json.loads((ROOT / "results" / "speed.json").read_text())
-    assert len(recorded["rows"]) == 6
-    for row in recorded["rows"]:
+    speed = recorded("speed.json")
+    assert len(speed["rows"]) == 6
+    for row in speed["rows"]:
         speeds = " | ".join(f"{row['images_per_second'][k]:.0f}" for k in ("ours", "bare", "usual"))
         line = (
             f"| {row['encoder']} | {row['stem']} | {row['batch']} | {speeds} "
             f"| {row['of_bare']:.2f} | {row['over_usual']:.1f} |"
         )
         assert line in README, f"the README lacks: {line}"
-    for milliseconds in recorded["augmentation"]["milliseconds"].values():
+    for milliseconds in speed["augmentation"]["milliseconds"].values():
         assert f"{milliseconds:.0f} ms" in README
+
+
+def recorded(name):
+    return json.loads((ROOT / "results" / name).read_text())
+
+
+def test_the_readmes_kills_and_faults_are_recorded():
+    kills, faults = recorded("kills.json"), recorded("faults.json")["faults"]
+    assert kills["kills"] == kills["resumed"] == kills["identical_ends"]
+    phases = {trial["after_round"] for trial in kills["trials"]}
+    assert phases == set(range(len(kills["phases_s"])))
+    text = " ".join(README.split())
+    assert f"{kills['kills']} runs killed at random moments of all their phases" in text
+    assert f"{kills['lost_rounds']} completed rounds lost, {kills['identical_ends']} ends" in text
+    as_expected = sum(fault["ok"] for fault in faults)
+    assert f"{len(faults)} faults injected into real runs, {as_expected} times" in text
