@@ -15,6 +15,7 @@ from torch import Tensor
 from augment import Augmentation, make_augmentation, view_size
 from errors import UserError
 from model import SimCLR, build_model, load_state
+from partitions import open_partitions, split_held_out
 from training import hold_images, local_loss, local_train, make_optimization
 from utils import (
     Images,
@@ -23,8 +24,6 @@ from utils import (
     derive_seed,
     generator_for,
     open_image_set,
-    partition_rows,
-    split_held_out,
 )
 from wire import pack_state, unpack_state
 
@@ -141,8 +140,9 @@ def _open_images(
     if data_path is None:
         if spec["source"] == "imagefolder" and spec["path"] is None:
             raise UserError('this node has no images; put data-path="DIR" into its --node-config')
-        train = open_image_set(spec, *places, verify=verify).train
-        return train, partition_rows(train, num_partitions, config.partition, config.seed)
+        image_set = open_image_set(spec, *places, verify=verify)
+        dealt = (num_partitions, OmegaConf.to_container(config.partition), config.seed)
+        return image_set.train, open_partitions(image_set, config.cache_dir, *dealt)
     spec |= {"source": "imagefolder", "path": data_path, "labels": False}
     try:
         train = open_image_set(spec, *places, verify=verify).train
@@ -153,9 +153,10 @@ def _open_images(
 
 
 def _prepare(identity: Identity, message: Message) -> tuple[Site, np.ndarray, np.ndarray]:
-    """Load the message's weights; return the site and its training and held-out rows."""
+    """Load the message's weights, and let them go; return the site and its rows, as `_open`."""
     site, train, held_out = _open(identity)
     load_state(site.model, unpack_state(message.content[ARRAYS]))
+    del message.content[ARRAYS]  # as large as the model, and training needs the memory
     return site, train, held_out
 
 

@@ -23,7 +23,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from checkpoints import Checkpoint
 from client import make_client_app, simulated
@@ -34,6 +34,7 @@ from figures import draw_loss_graph
 from files import check_writable
 from model import build_model
 from nodes import Nodes
+from partitions import open_partitions, split_held_out
 from report import write_report
 from resources import ClientResources, find_machines, plan_resources
 from resume import check_continuation, find_run, reopen, with_earlier_overrides
@@ -47,8 +48,6 @@ from utils import (
     choose_dtype,
     name_some,
     open_image_set,
-    partition_rows,
-    split_held_out,
 )
 
 
@@ -82,7 +81,8 @@ def prepare(config: DictConfig) -> tuple[ClientResources, ImageSet]:
     check_writable(Path(config.run_dir))
     report = make_report(config.quiet)
     image_set = open_image_set(config.dataset, config.cache_dir, config.seed, report)
-    parts = partition_rows(image_set.train, config.num_clients, config.partition, config.seed)
+    dealt = (config.num_clients, OmegaConf.to_container(config.partition), config.seed)
+    parts = open_partitions(image_set, config.cache_dir, *dealt)
     for rows in parts:
         split_held_out(rows, config.held_out)
     if has_labels(image_set):

@@ -24,16 +24,14 @@ from figures import (
     draw_partitions,
 )
 from model import build_model
+from partitions import count_classes, partition_rows, split_held_out
 from rundir import RunDirectory
 from test import load_trained
 from utils import (
     ImageSet,
     choose_device,
     choose_dtype,
-    count_classes,
     derive_seed,
-    partition_rows,
-    split_held_out,
 )
 
 MIN_MAPPED = 10  # fewer points make no map

@@ -31,6 +31,7 @@ from config import load_config  # noqa: E402
 from features import extract_features, knn_accuracy  # noqa: E402
 from heads import draw_labelled, train_linear_head  # noqa: E402
 from model import build_model  # noqa: E402
+from partitions import partition_rows, split_held_out  # noqa: E402
 from resources import count_cores  # noqa: E402
 from rundir import provenance  # noqa: E402
 from training import local_train, make_optimization  # noqa: E402
@@ -40,8 +41,6 @@ from utils import (  # noqa: E402
     choose_dtype,
     generator_for,
     open_image_set,
-    partition_rows,
-    split_held_out,
 )
 
 VALIDATION = 5000

@@ -19,7 +19,8 @@ sys.path.insert(0, str(ROOT))
 from augment import make_augmentation  # noqa: E402
 from config import load_config  # noqa: E402
 from figures import INK, draw_loss_graph, draw_partitions, show_image  # noqa: E402
-from utils import count_classes, generator_for, open_image_set, partition_rows  # noqa: E402
+from partitions import count_classes, partition_rows  # noqa: E402
+from utils import generator_for, open_image_set  # noqa: E402
 
 RECORDED_RUN = ROOT / "results" / "digits" / "seed0"
 NT_XENT = (

@@ -20,7 +20,8 @@ LEVELS = [
     | {"wire"},
     {"answers", "certificates", "checkpoints", "encoder", "features", "launch_checks", "training"}
     | {"updates", "utils"},
-    {"client", "heads", "export", "figures", "launch", "rundir", "strategies"},
+    {"heads", "partitions"},
+    {"client", "export", "figures", "launch", "rundir", "strategies"},
     {"embed", "resume", "server", "test"},
     {"gather", "pictures"},
     {"report"},

@@ -11,22 +11,11 @@ import utils
 from config import load_config
 from errors import UserError
 from sources import decode
-from utils import (
-    class_groups,
-    derive_seed,
-    open_image_set,
-    partition_rows,
-    split_held_out,
-)
+from utils import derive_seed, open_image_set
 
 
 def open_set(cache_dir, *overrides, seed=0):
     return open_image_set(load_config("config", overrides).dataset, str(cache_dir), seed)
-
-
-def partition(images, count, *overrides, seed=0):
-    spec = load_config("config", [*overrides, f"seed={seed}"]).partition
-    return partition_rows(images, count, spec, seed)
 
 
 # --- sources ------------------------------------------------------------------
@@ -264,88 +253,6 @@ def test_transparent_pixels_become_white_and_16_bits_keep_the_upper_8():
     assert (decode(clear, 4) == 255).all()
     deep = np.full((4, 4), 0x4321, dtype=np.uint16)
     assert (decode(deep, 4) == 0x43).all()
-
-
-# --- partitions ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["iid", "dirichlet", "pathological"])
-@pytest.mark.parametrize("count", [5, 10])
-def test_partitions_are_disjoint_and_complete(digits, kind, count):
-    parts = partition(digits.train, count, f"partition={kind}")
-    assert len(parts) == count
-    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(1437))
-
-
-@pytest.mark.parametrize("kind", ["iid", "dirichlet", "pathological"])
-def test_the_seed_decides_the_partitions(digits, kind):
-    first, again = (partition(digits.train, 5, f"partition={kind}", seed=3) for _ in range(2))
-    other = partition(digits.train, 5, f"partition={kind}", seed=4)
-    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
-
-
-def test_iid_partitions_are_equal_and_mixed(digits):
-    parts = partition(digits.train, 5)
-    assert {len(part) for part in parts} <= {287, 288}
-    assert all(len(np.unique(digits.train.labels[part])) == 10 for part in parts)
-
-
-@pytest.mark.parametrize("classes", [1, 2, 3, 5])
-def test_pathological_clients_see_so_many_classes(digits, classes):
-    overrides = ["partition=pathological", f"partition.classes_per_client={classes}"]
-    parts = partition(digits.train, 10, *overrides)
-    seen = [len(np.unique(digits.train.labels[part])) for part in parts]
-    assert max(seen) == classes
-    if 10 % classes == 0:
-        assert set(seen) == {classes}
-
-
-def test_a_smaller_alpha_is_more_unequal(digits):
-    def skew(alpha):
-        parts = partition(digits.train, 5, "partition=dirichlet", f"partition.alpha={alpha}")
-        counts = [np.bincount(digits.train.labels[part], minlength=10) for part in parts]
-        return np.mean([row.max() / row.sum() for row in counts])
-
-    assert skew(0.1) > skew(1.0) > skew(100.0)
-
-
-@pytest.mark.parametrize(
-    ("count", "overrides"),
-    [
-        (1438, []),
-        (300, ["partition=dirichlet"]),
-        (5, ["partition=pathological", "partition.classes_per_client=11"]),
-    ],
-)
-def test_an_impossible_partition_gets_one_line(digits, count, overrides):
-    with pytest.raises(UserError, match="partition") as error:
-        partition(digits.train, count, *overrides)
-    assert "\n" not in str(error.value)
-
-
-def test_partitions_by_class_need_labels(digits):
-    unlabelled = utils.Images(digits.train.pixels, None)
-    with pytest.raises(UserError, match=r"needs labels.*use partition=iid"):
-        partition(unlabelled, 5, "partition=dirichlet")
-    assert len(partition(unlabelled, 5)) == 5
-
-
-def test_class_groups_cover_every_class():
-    groups = class_groups(np.arange(10), 2, seed=0)
-    assert np.bincount(groups).tolist() == [2] * 5
-
-
-@pytest.mark.parametrize(("rows", "expected"), [(100, 10), (20, 2), (4, 2)])
-def test_a_part_is_held_out(rows, expected):
-    training, held_out = split_held_out(np.arange(rows), 0.1)
-    assert len(held_out) == expected
-    assert sorted([*training, *held_out]) == list(range(rows))
-
-
-def test_too_few_images_for_a_client_are_refused():
-    with pytest.raises(UserError, match="a client has 3 images"):
-        split_held_out(np.arange(3), 0.1)
 
 
 # --- seeds --------------------------------------------
