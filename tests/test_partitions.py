@@ -149,7 +149,7 @@ def test_a_clients_process_stays_small(place, digits):
     """The libraries of the partitioners are not imported where nothing has to be dealt out."""
     dealt(place, digits)
     code = (
-        "import sys, client, partitions; from utils import ImageSet; from config import load_config;"
+        "import sys, client, partitions; from utils import *; from config import load_config;"
         f"c = load_config('config', []); p = {str(place)!r};"
         f"s = ImageSet(None, None, [], [], {digits.key!r}, {digits.content!r});"
         "assert len(partitions.open_partitions(s, p, 5, dict(c.partition), 0)) == 5;"
