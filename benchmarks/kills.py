@@ -153,7 +153,7 @@ def try_once(
     before = count_rounds(run)
     trial: dict[str, Any] = {"after_round": phase, "and_seconds": round(delay_s, 2)}
     trial["rounds_before"] = before
-    if finished and (run / "results.json").exists():
+    if (run / "results.json").exists():  # all is done, whether the process was still there or not
         return trial | {"finished_before": True, "differs": compare(outcome(run), expected)}
     resumed = start(output, mark, "resume=latest")
     text, _ = resumed.communicate(timeout=300)
