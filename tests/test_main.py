@@ -368,3 +368,16 @@ def test_quiet_leaves_the_table(tmp_path, cache_dir):
     again = start("test.py", "--quiet", f"--run={tmp_path}/latest", "seeds=1", *places[1:])
     assert (again.returncode, again.stderr) == (0, "")
     assert again.stdout == done.stdout
+
+
+def test_a_sweep_becomes_a_table_and_a_plot(tmp_path, cache_dir):
+    places = [f"output_dir={tmp_path}/runs", f"cache_dir={cache_dir}", FAST, "eval.seeds=1"]
+    sweep = ["--multirun", "num_clients=2,3", "num_rounds=1", "train.max_steps=1", "num_cpus=1"]
+    done = start("main.py", *sweep, *places, "train.local_epochs=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    gathered = start("gather.py", tmp_path / "runs", f"--out={tmp_path}/clients")
+    assert gathered.returncode == 0, gathered.stderr
+    lines = (tmp_path / "clients.md").read_text().splitlines()
+    assert lines[0].startswith("| num_clients | runs | linear head, 10 % |")
+    assert [line.split(" | ")[:2] for line in lines[2:]] == [["| 2", "1"], ["| 3", "1"]]
+    assert matplotlib.image.imread(tmp_path / "clients.png").ndim == 3
