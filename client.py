@@ -153,10 +153,9 @@ def _open_images(
 
 
 def _prepare(identity: Identity, message: Message) -> tuple[Site, np.ndarray, np.ndarray]:
-    """Load the message's weights, and let them go; return the site and its rows, as `_open`."""
+    """Load the message's weights; return the site and its training and held-out rows."""
     site, train, held_out = _open(identity)
     load_state(site.model, unpack_state(message.content[ARRAYS]))
-    del message.content[ARRAYS]  # as large as the model, and training needs the memory
     return site, train, held_out
 
 
