@@ -44,7 +44,7 @@ TIMEOUT_S = 25.0
 NAME = "encoder.conv1.weight"
 SMALL = ["num_clients=3", "num_cpus=1", "precision=float32", "model.stem=imagenet"]
 SMALL += ["train.local_epochs=1", "train.max_steps=1", "monitor.bank=100", "monitor.queries=50"]
-SMALL += ["eval.seeds=1", "eval.epochs=1"]
+SMALL += ["eval.seeds=1", "eval.epochs=1", "figures.map_images=5"]
 
 
 def change_weights(reply: Message, change: Callable[[dict], object]) -> Message:

@@ -37,7 +37,7 @@ from rundir import provenance  # noqa: E402
 
 RUN = ["num_clients=2", "num_rounds=5", "num_cpus=1", "precision=float32", "model.stem=imagenet"]
 RUN += ["train.local_epochs=1", "train.max_steps=2", "monitor.bank=200", "monitor.queries=100"]
-RUN += ["eval.seeds=1", "eval.epochs=2", "strategy=fedadam"]
+RUN += ["eval.seeds=1", "eval.epochs=2", "figures.map_images=5", "strategy=fedadam"]
 DURATIONS = ("seconds", "images_per_second")
 ORPHAN_AFTER_S = 90.0  # Ray's own agents notice after about a minute
 

@@ -26,7 +26,7 @@ CASES = settings(
     max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck), database=None
 )
 # Composing a configuration takes a tenth of a second; FUZZ_CONFIGURATIONS=1000 tries them all.
-CONFIGURATIONS = settings(CASES, max_examples=int(os.environ.get("FUZZ_CONFIGURATIONS", "100")))
+CONFIGURATIONS = settings(CASES, max_examples=int(os.environ.get("FUZZ_CONFIGURATIONS", "60")))
 KEYS = sorted(flatten(load_config("config", [])))
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "n": torch.tensor(3)}
 MEMORY = {"m|dict|00000|a": np.arange(6.0)}

@@ -163,8 +163,6 @@ def test_fedprox_keeps_the_weights_near_the_global_ones(train, config):
     free, _ = train(local_epochs=8, learning_rate=0.02)
     tied, _ = train(local_epochs=8, learning_rate=0.02, proximal_mu=5.0)
     assert distance(tied, start) < 0.6 * distance(free, start)
-    untied, _ = train(local_epochs=8, learning_rate=0.02, proximal_mu=0.0)
-    assert state_bytes(untied) == state_bytes(free)
 
 
 def test_fedprox_adds_the_gradient_of_its_term(config):

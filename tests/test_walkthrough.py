@@ -17,7 +17,7 @@ from test_encoder import README, run_snippet
 SECTION = README.partition("## Your own images")[2].partition("\n## ")[0]
 COMMANDS = re.findall(r"^python (\w+\.py .*?)(?: +#.*)?$", SECTION, re.MULTILINE)
 SMALL = {
-    "main.py": ["num_rounds=1", "train.max_steps=1", "model.stem=imagenet"],
+    "main.py": ["num_rounds=1", "train.max_steps=1", "model.stem=imagenet", "figures.map_images=5"],
     "test.py": ["epochs=2", "seeds=1"],
     "embed.py": ["precision=float32"],
     "export.py": [],
@@ -34,6 +34,7 @@ def place(tmp_path_factory, digits):
         pixels = np.array(digits.train.pixels[row]).transpose(1, 2, 0)
         Image.fromarray(pixels).resize((64, 64)).save(folder / below / f"{row}.png")
     shutil.copy(folder / "photos" / "60.png", folder / "photo.png")
+    (folder / "photos" / "broken.png").touch()
     return folder
 
 
@@ -54,10 +55,22 @@ def test_every_line_of_the_walkthrough_works(place, cache_dir):
         )
         assert (done.returncode, done.stderr) == (0, ""), (line, done.stdout, done.stderr)
         if script == "main.py":
+            assert "1 unreadable files left out: " in done.stdout
+            assert "No labels" in done.stdout
+            assert not (place / "outputs" / "latest" / "results.json").exists()
+            refuses_unlabelled(place, cache)
             shutil.copy(place / "outputs" / "latest" / "encoder.safetensors", place)
         if script == "test.py":
             assert "100 % of the labels (40)" in done.stdout
     read_the_features(place)
+
+
+def refuses_unlabelled(place, cache):
+    """Evaluate the run on its own images, which have no labels."""
+    command = [sys.executable, ROOT / "test.py", *cache]
+    refused = subprocess.run(command, cwd=place, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "no labels" in refused.stderr
 
 
 def read_the_features(place):
