@@ -3,7 +3,8 @@
     python benchmarks/poison.py --out results/poison.json
 
 Client 1 trains as all do, but sends the global weights minus FACTOR times its
-own step. Each run is `python main.py` on digits with its defaults otherwise; told
+own step; BatchNorm's statistics it leaves alone, since variances below zero are
+refused at once. Each run is `python main.py` on digits with its defaults otherwise; told
 is the linear head on 10 % of the labels, and the kNN accuracy after the last round.
 """
 
@@ -54,7 +55,7 @@ def make_mod(factor: float) -> Callable:
         reply = call_next(message, context)
         state = unpack_state(reply.content["arrays"])
         for name, tensor in state.items():
-            if tensor.is_floating_point():
+            if tensor.is_floating_point() and "running" not in name:
                 state[name] = start[name] - factor * (tensor - start[name])
         reply.content["arrays"] = pack_state(state)
         return reply
