@@ -363,12 +363,11 @@ def run_entry(
     earlier = signal.signal(signal.SIGINT, _interrupt)
     try:
         with _one_line():
-            arguments = flags_to_overrides(sys.argv[1:])
+            arguments = complete(flags_to_overrides(sys.argv[1:]))
             if is_informative(arguments):
                 given = [a for a in arguments if "=" in a and not a.startswith("-")]
                 load_config(name, [] if {"-sc", "--shell-completion"} & set(arguments) else given)
             else:
-                arguments = complete(arguments)
                 for overrides in jobs_of(arguments):
                     check(load_config(name, overrides))
         sys.argv[1:] = arguments

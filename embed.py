@@ -6,6 +6,7 @@ python embed.py photos --encoder=encoder.safetensors --out=features.parquet
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from config import run_entry
+from config import HYDRA_OPTIONS, run_entry
 from encoder import TrainedEncoder, find_encoder, load_encoder
 from errors import UserError
 from features import extract_features
@@ -33,7 +34,8 @@ def name_folder(arguments: Sequence[str]) -> list[str]:
     Raises:
         UserError: there are several.
     """
-    bare = [a for a in arguments if not a.startswith("-") and ("=" not in a or Path(a).is_dir())]
+    free = [a for before, a in pairwise(["", *arguments]) if before not in HYDRA_OPTIONS]
+    bare = [a for a in free if not a.startswith("-") and ("=" not in a or Path(a).is_dir())]
     if len(bare) > 1:
         raise UserError(f"{name_some(bare)}: give one folder")
     quoted = ["folder='{}'".format(folder.replace("'", r"\'")) for folder in bare]

@@ -146,6 +146,11 @@ def test_as_a_program_it_takes_the_folder_in_any_place(run, photos, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert "f.parquet: 5 images" in done.stdout
     assert "�.png" in pq.read_table(tmp_path / "f.parquet")["path"].to_pylist()
+    shown = subprocess.run(
+        [sys.executable, ROOT / "embed.py", "photos", "--help"], capture_output=True, text=True
+    )
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "folder: photos" in shown.stdout
     refused = subprocess.run(
         [sys.executable, ROOT / "embed.py", "none", f"--run={run}"],
         cwd=tmp_path,
