@@ -210,3 +210,13 @@ def test_the_readmes_kills_and_faults_are_recorded():
     assert f"{kills['lost_rounds']} completed rounds lost, {kills['identical_ends']} ends" in text
     as_expected = sum(fault["ok"] for fault in faults)
     assert f"{len(faults)} faults injected into real runs, {as_expected} times" in text
+
+
+def test_the_readmes_hostile_clients_are_recorded():
+    poison = recorded("poison.json")
+    assert f"`{poison['command']}`" in README
+    for row in poison["rows"]:
+        factor = f"{row['factor']:g}" if row["factor"] else "all honest"
+        scores = f"{100 * row['linear_head']:.1f} | {100 * row['knn']:.1f} | {row['rejected']}"
+        line = f"| {row['strategy']} | {factor} | {scores} |"
+        assert line in README, f"the README lacks: {line}"
