@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, descendants
 from PIL import Image
 
 from certificates import make_certificates
@@ -134,15 +134,6 @@ class Place:
             if ours and ("flower" in command or "flwr" in command):
                 found.append(command[:200])
         return found
-
-
-def descendants(pid):
-    """List the processes below a process, children first."""
-    found = []
-    for file in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, file.read_text().split()):
-            found += [*descendants(child), child]
-    return found
 
 
 @pytest.fixture

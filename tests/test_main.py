@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, in_terminal
+from conftest import ROOT, descendants, in_terminal
 from ray.cluster_utils import Cluster
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -153,6 +154,7 @@ def test_cifar10_goes_the_whole_way(tmp_path, cache_dir, cifar10):
     """All 10,000 test images count."""
     data = ["dataset=cifar10", f"dataset.path={cifar10}", "monitor.bank=200", "monitor.queries=100"]
     data += ["eval.seeds=1", "eval.label_fraction=0.02", "held_out=0.01", "figures.map_images=5"]
+    data += ["train.view_sizes=[16]"]
     output = tmp_path / "outputs"
     places = [f"output_dir={output}", f"cache_dir={cache_dir}"]
     done = start("main.py", *data, "num_rounds=1", "train.max_steps=1", FAST, *places)
@@ -192,15 +194,14 @@ def test_memory_does_not_grow_over_rounds(tmp_path, cache_dir):
 
 
 def resident_bytes(name, main_pid):
-    """Add up the resident memory of the Ray actors and the main process."""
+    """Add up the resident memory of a main process and its Ray actors."""
     total = 0
-    for folder in filter(str.isdigit, os.listdir("/proc")):
+    for pid in [main_pid, *descendants(main_pid)]:
         try:
-            with open(f"/proc/{folder}/cmdline") as file:
-                command = file.read()
-            if name in command or int(folder) == main_pid:
-                with open(f"/proc/{folder}/statm") as file:
-                    total += int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            command = Path(f"/proc/{pid}/cmdline").read_text()
+            if name in command or pid == main_pid:
+                pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
+                total += int(pages) * os.sysconf("SC_PAGE_SIZE")
         except (FileNotFoundError, ProcessLookupError):
             continue
     return total
