@@ -9,6 +9,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -22,6 +24,7 @@ NEAREST = 8  # neighbours beside each query
 MAX_COLUMNS = 50  # partitions that fit side by side
 MAX_LETTERS = 11  # of a class's name
 LEGEND_COLUMNS = 5
+MANY_COLORS = "turbo"  # by class number
 MAX_NAMES = 20  # classes with a name and a colour that can be told apart
 HEALTH = (
     ("effective_rank", "effective rank", (COLLAPSED_RANK, "below: collapsed")),
@@ -86,11 +89,11 @@ def draw_map(
 
     Args:
         maps: by title, points (N, 2).
-        labels: int64 (N,), indices of class_names. The legend is left out where
-            there are more classes than colours.
+        labels: int64 (N,), indices of class_names. Where there are more classes
+            than distinct colours, a scale of their numbers stands for the legend.
     """
     few = len(class_names) <= MAX_NAMES
-    lines = -(-len(class_names) // LEGEND_COLUMNS) if few else 0
+    lines = -(-len(class_names) // LEGEND_COLUMNS) if few else 2
     figure = Figure(figsize=(WIDTH, 2.9 + 0.25 * lines), layout="constrained")
     colors = _class_colors(len(class_names))
     for axes, (title, points) in zip(figure.subplots(1, len(maps)), maps.items(), strict=True):
@@ -112,6 +115,11 @@ def draw_map(
             handletextpad=0.4,
             columnspacing=1,
         )
+    else:
+        scale = ScalarMappable(Normalize(0, len(class_names) - 1), MANY_COLORS)
+        bar = figure.colorbar(scale, ax=figure.axes, orientation="horizontal", aspect=50, pad=0.03)
+        bar.set_label("class number", color=INK, fontsize="small")
+        bar.outline.set_visible(False)
     _save(figure, file)
 
 
@@ -210,7 +218,7 @@ def _short(names: Sequence[str]) -> list[str]:
 def _class_colors(count: int) -> np.ndarray:
     """Pick a colour for each class, RGBA (count, 4)."""
     if count > MAX_NAMES:
-        return matplotlib.colormaps["turbo"](np.linspace(0, 1, count))
+        return matplotlib.colormaps[MANY_COLORS](np.linspace(0, 1, count))
     return matplotlib.colormaps["tab10" if count <= 10 else "tab20"](range(count))
 
 

@@ -166,7 +166,11 @@ class RunDirectory:
         if not self.results.is_file():
             return []
         try:
-            return list(json.loads(self.results.read_bytes()))
+            results = list(json.loads(self.results.read_bytes()))
+            for number, result in enumerate(results, start=1):
+                if not isinstance(result, dict) or not isinstance(result.get("rows"), list):
+                    raise ValueError(f"entry {number} is no evaluation")
+            return results
         except (ValueError, TypeError) as error:
             raise UserError(
                 f"{self.results}: damaged ({error}); move it away and evaluate again"

@@ -6,6 +6,7 @@ fails; the message of a failure shows the end of them.
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, descendants
 from PIL import Image
+from test_encoder import README
 
 from certificates import make_certificates
 from launch_checks import free_port
@@ -180,7 +182,9 @@ def test_the_four_commands_give_the_numbers_of_the_simulation(place):
 
 
 def test_own_folders_over_tls_with_authenticated_nodes(place):
-    """Points 2 and 4 at once, with Flower's own commands: three sites, three keys."""
+    """The walkthrough's run of three sites, each with a folder and a key."""
+    start_line = r"^flower-server-app app:server --insecure (.*num_clients=3)$"
+    (chosen,) = re.findall(start_line, README, re.MULTILINE)
     keys = place.folder / "certificates"
     make_certificates(keys, [], nodes=4, days=1)  # node4 is never registered
     tls = ["--ssl-ca-certfile", f"{keys}/ca.crt", "--ssl-certfile", f"{keys}/server.crt"]
@@ -196,17 +200,17 @@ def test_own_folders_over_tls_with_authenticated_nodes(place):
         assert status == 0, output
         own = place.folder / f"site{number} images"
         write_images(own, 12 + number, seed=number)
+        flowers_own = ("flower-supernode", "--port", str(free_port()))
+        command = flowers_own if number == 1 else ("flower-client-app", "app:client")
         place.start(
             f"node{number}",
-            *("flower-supernode", "--superlink", place.link, "--port", str(free_port())),
-            *("--root-certificates", f"{keys}/ca.crt"),
+            *(*command, "--superlink", place.link, "--root-certificates", f"{keys}/ca.crt"),
             *("--auth-supernode-private-key", f"{keys}/node{number}"),
             *("--node-config", f'partition-id={number - 1} data-path="{own}"'),
         )
-    overrides = [*TINY, "num_clients=3", "num_rounds=1", f"output_dir={place.outputs}"]
-    overrides += ["dataset=imagefolder", "dataset.image_size=16", f"cache_dir={place.folder}/cache"]
-    run_config = f'hydra-overrides="{" ".join(overrides)}"'
-    status, output = place.run("flwr", "run", ".", "sites", "--stream", "--run-config", run_config)
+    to = ("--superlink", place.link, "--root-certificates", f"{keys}/ca.crt")
+    overrides = [*chosen.split(), *TINY, "num_rounds=1", f"output_dir={place.outputs}"]
+    status, output = place.run("flower-server-app", "app:server", *to, *overrides)
     assert status == 0, output
     row = place.rounds()[0]
     assert [client["num_examples"] for client in row["clients"]] == [11, 12, 13], output
@@ -258,10 +262,18 @@ def test_flwr_run_simulates(place):
 
 
 def test_a_node_that_dies_is_left_out_and_taken_back(place):
+    """In a run that Flower's own command starts."""
     place.superlink()
     place.client(1)
     place.client(2)
-    place.server("round_timeout_s=30", "min_nodes=1", "num_rounds=2")
+    (place.home / ".flwr").mkdir(exist_ok=True)
+    (place.home / ".flwr" / "config.toml").write_text(
+        f'[superlink.two-sites]\naddress = "{place.link}"\ninsecure = true\n'
+    )
+    overrides = [*TINY, "round_timeout_s=30", "min_nodes=1", "num_clients=2", "num_rounds=2"]
+    overrides += [f"output_dir={place.outputs}", f"cache_dir={place.folder}/cache"]
+    run_config = f'hydra-overrides="{" ".join(overrides)}"'
+    place.start("server", "flwr", "run", ".", "two-sites", "--stream", "--run-config", run_config)
     place.wait_for("server", "configure_train", 60)
     place.kill("client2")
     place.client(2)

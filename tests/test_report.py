@@ -12,6 +12,7 @@ from test_server import FAST, LocalGrid
 import pictures
 from config import load_config
 from errors import UserError
+from figures import MAX_NAMES, draw_map
 from main import try_report
 from nodes import Nodes
 from pictures import picture_map, picture_partitions
@@ -215,6 +216,19 @@ def test_a_map_keeps_apart_what_is_apart():
     assert trust > 0.8
     distances = np.linalg.norm(points[:, None] - points, axis=2) + np.diag([np.inf] * 60)
     assert (distances.argmin(axis=1) // 20 == np.arange(60) // 20).all()
+
+
+def test_a_map_of_many_classes_has_a_scale_of_their_numbers(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("figures._save", lambda figure, file: drawn.append(figure))
+    points, labels = np.zeros((30, 2), dtype=np.float32), np.arange(30)
+    for count in (MAX_NAMES, MAX_NAMES + 1):
+        names = [f"class {n}" for n in range(count)]
+        draw_map({"before": points, "after": points}, labels % count, names, "map.png")
+    few, many = drawn
+    assert (len(few.axes), len(few.legends)) == (2, 1)
+    assert (len(many.axes), len(many.legends)) == (3, 0)
+    assert many.axes[2].get_xlim() == (0, MAX_NAMES)
 
 
 def test_the_map_shows_the_baseline_and_the_trained_encoder(finished, digits, tmp_path):

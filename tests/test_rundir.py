@@ -31,9 +31,9 @@ def test_latest_points_at_the_newest_run(tmp_path, config):
 
 
 def test_results_are_kept_side_by_side(run):
-    run.add_result({"a": 1})
-    run.add_result({"b": 2})
-    assert json.loads(run.results.read_text()) == [{"a": 1}, {"b": 2}]
+    run.add_result({"rows": [1]})
+    run.add_result({"rows": [2]})
+    assert json.loads(run.results.read_text()) == [{"rows": [1]}, {"rows": [2]}]
 
 
 def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
@@ -60,11 +60,15 @@ def test_a_damaged_metrics_line_is_named(run):
         run.read_metrics()
 
 
-def test_damaged_results_are_named(run):
-    run.add_result({"a": 1})
-    run.results.write_text("[{")
-    with pytest.raises(UserError, match=r"results\.json: damaged"):
-        run.add_result({"b": 2})
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("[{", "double quotes"), ("5", "iterable"), ('[{"rows": []}, {"a": 1}]', "entry 2 is no")],
+)
+def test_damaged_results_are_named(run, text, reason):
+    run.add_result({"rows": []})
+    run.results.write_text(text)
+    with pytest.raises(UserError, match=rf"results\.json: damaged .*{reason}"):
+        run.add_result({"rows": []})
 
 
 def test_an_output_directory_that_cannot_be_made_gets_one_line(tmp_path):
