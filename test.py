@@ -236,6 +236,7 @@ def evaluate_run(
         "rows": [*rows, evaluation.raw_pixels()],
         "seed": config.seed,
         "checkpoint": checkpoint.name,
+        "precision": str(evaluation.dtype).removeprefix("torch."),
         "measured": provenance(),
     }
     run.add_result(result)

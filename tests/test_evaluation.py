@@ -123,6 +123,7 @@ def test_a_run_is_evaluated_beside_its_baselines_and_recorded(run, config, setti
     assert recorded["rows"] == result["rows"]
     assert recorded["protocol"]["epochs"] == 5
     assert {"commit", "versions", "hardware"} <= recorded["measured"].keys()
+    assert recorded["precision"] == "float32"
 
 
 def test_supervised_training_starts_afresh_and_learns(config, settings, digits, model):
