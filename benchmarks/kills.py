@@ -16,6 +16,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -196,6 +197,8 @@ def run_trials(
         delays = [draw.uniform(0, durations[phase]) for phase in phases]
         with ThreadPoolExecutor(at_once) as pool:
             found = list(pool.map(partial(try_once, folder, expected), phases, delays, numbers))
+        for number in numbers:  # half a gigabyte each
+            shutil.rmtree(folder / f"run{number}", ignore_errors=True)
         trials += found
         print("\n".join(map(json.dumps, found)), flush=True)
         keep(summary(trials, durations))
