@@ -24,6 +24,7 @@ from utils import (
     derive_seed,
     generator_for,
     open_image_set,
+    release_memory,
 )
 from wire import pack_state, unpack_state
 
@@ -78,6 +79,8 @@ def _answer(
         return answer(identity, message)
     except Exception as error:
         raise RuntimeError(f"partition {identity.partition}: {error}") from error
+    finally:
+        release_memory()
 
 
 def simulated(config: DictConfig) -> Callable[[Context], Identity]:
@@ -193,6 +196,7 @@ def train_reply(identity: Identity, message: Message) -> Message:
         device=site.device,
         dtype=site.dtype,
     )
+    release_memory()  # before the weights are copied into the reply
     metrics = {
         "partition-id": identity.partition,
         "num-examples": len(rows),

@@ -134,6 +134,7 @@ def local_train(
         if anchor:
             _pull(model, anchor, proximal_mu)
         optimizer.step()
+    optimizer.zero_grad(set_to_none=True)  # the model outlives the round, gradients need not
     loss = float(losses.mean())
     if not math.isfinite(loss):
         raise FloatingPointError(f"the training loss became {loss}; lower train.learning_rate")

@@ -1,5 +1,6 @@
 """Image sets, seeds, device and precision: what every process prepares alike."""
 
+import ctypes
 import hashlib
 import json
 import os
@@ -270,6 +271,13 @@ def derive_seed(seed: int, *purpose: int | str) -> int:
 def generator_for(seed: int, *purpose: int | str) -> torch.Generator:
     """Make a CPU generator that depends on nothing but the seed and the purpose."""
     return torch.Generator().manual_seed(derive_seed(seed, *purpose))
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system, which glibc may keep by the hundred megabytes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
 
 
 def choose_device(num_gpus: float | None = None) -> torch.device:
