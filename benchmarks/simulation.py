@@ -11,7 +11,7 @@ count once in the latter. Of all processes together, the main one included, the
 median of the anonymous memory (their own, no files) is given for every round.
 
     python benchmarks/simulation.py --path cifar10-parquet num_clients=1000 \\
-        strategy.fraction_train=0.01 strategy.fraction_evaluate=0.01 num_rounds=20
+        strategy.fraction_train=0.01 strategy.fraction_evaluate=0.01 num_rounds=12
 """
 
 import argparse
@@ -103,7 +103,10 @@ def main() -> None:
         config = OmegaConf.load(Path(folder, "latest", "config.yaml"))
     processes = min(config.num_clients, count_cores() // config.num_cpus)
     local = sum(
-        client["images"] / client["images_per_second"] for row in rows for client in row["clients"]
+        client["images"] / client["images_per_second"]
+        for row in rows
+        for client in row["clients"]
+        if "images" in client  # others only evaluate
     )
     result = {
         "command": f"python {' '.join(command[:2])} {' '.join(given.overrides)}",
