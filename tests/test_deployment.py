@@ -183,7 +183,7 @@ def test_the_four_commands_give_the_numbers_of_the_simulation(place):
 
 def test_own_folders_over_tls_with_authenticated_nodes(place):
     """The walkthrough's run of three sites, each with a folder and a key."""
-    start_line = r"^flower-server-app app:server --insecure (.*num_clients=3)$"
+    start_line = r"^flower-server-app app:server --insecure (dataset=.*num_clients=3)$"
     (chosen,) = re.findall(start_line, README, re.MULTILINE)
     keys = place.folder / "certificates"
     make_certificates(keys, [], nodes=4, days=1)  # node4 is never registered
