@@ -165,7 +165,7 @@ def test_cifar10_goes_the_whole_way(tmp_path, cache_dir, cifar10):
 
 
 def test_memory_does_not_grow_over_rounds(tmp_path, cache_dir):
-    """Ten virtual clients, two at a time, ten rounds: resident memory of all processes."""
+    """Ten virtual clients, two at a time, ten rounds: the processes' own memory."""
     arguments = ["num_clients=10", "num_rounds=10", "train.local_epochs=1", "monitor.bank=100"]
     arguments += ["figures.map_images=5", "monitor.queries=50"]
     arguments += [f"output_dir={tmp_path}", f"cache_dir={cache_dir}", "eval.seeds=1", FAST]
@@ -181,7 +181,7 @@ def test_memory_does_not_grow_over_rounds(tmp_path, cache_dir):
         while process.poll() is None:
             rounds = len(metrics.read_text().splitlines()) if metrics.exists() else 0
             if rounds and rounds not in after_round:
-                after_round[rounds] = resident_bytes("ClientAppActor", process.pid)
+                after_round[rounds] = own_memory("ClientAppActor", process.pid)
             time.sleep(0.1)
     finally:
         if process.poll() is None:
@@ -193,15 +193,17 @@ def test_memory_does_not_grow_over_rounds(tmp_path, cache_dir):
     assert late < early * 1.05, {k: f"{v / 2**20:.0f} MiB" for k, v in after_round.items()}
 
 
-def resident_bytes(name, main_pid):
-    """Add up the resident memory of a main process and its Ray actors."""
+def own_memory(name, main_pid):
+    """Add up the resident memory that a main process and its Ray actors share with nobody.
+
+    What they share, the files and Ray's object store, would count for each of them.
+    """
     total = 0
     for pid in [main_pid, *descendants(main_pid)]:
         try:
-            command = Path(f"/proc/{pid}/cmdline").read_text()
-            if name in command or pid == main_pid:
-                pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
-                total += int(pages) * os.sysconf("SC_PAGE_SIZE")
+            if pid == main_pid or name in Path(f"/proc/{pid}/cmdline").read_text():
+                status = Path(f"/proc/{pid}/status").read_text()
+                total += 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])
         except (FileNotFoundError, ProcessLookupError):
             continue
     return total
