@@ -1,13 +1,9 @@
 """Draw the pictures of the README.
 
-    python images/draw.py
-    python images/draw.py outputs/latest
-
-With a run's directory the pictures that need its encoder are taken from it, too.
+python images/draw.py
 """
 
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +23,6 @@ from partitions import count_classes, partition_rows  # noqa: E402
 from utils import generator_for, open_image_set  # noqa: E402
 
 RECORDED_RUN = ROOT / "results" / "digits" / "seed0"
-OF_A_RUN = ("map.png", "neighbours.png")
 NT_XENT = (
     r"$\ell_{i,j} = -\log\;\frac{\exp(\mathrm{sim}(z_i, z_j)/\tau)}"
     r"{\sum_{k=1}^{2N} 1_{[k \neq i]}\,\exp(\mathrm{sim}(z_i, z_k)/\tau)}$"
@@ -79,16 +74,13 @@ def draw_dealing(file: Path, overrides: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Draw the pictures of images/, and take those that need an encoder from a run."""
+    """Draw every picture of images/."""
     folder = ROOT / "images"
     draw_formula(folder / "loss_eq.png")
     draw_views(folder / "views.png", [])
     draw_dealing(folder / "partitions.png", ["partition=dirichlet", "partition.alpha=0.1"])
     lines = (RECORDED_RUN / "metrics.jsonl").read_text().splitlines()
     draw_loss_graph([json.loads(line) for line in lines], folder / "loss_graph.png", "digits")
-    for run in sys.argv[1:]:
-        for name in OF_A_RUN:
-            shutil.copyfile(Path(run, "figures", name), folder / name)
 
 
 if __name__ == "__main__":

@@ -224,6 +224,8 @@ def test_the_readmes_kills_and_faults_are_recorded():
     assert f"{kills['kills']} runs killed at random moments" in text
     killed = [trial for trial in kills["trials"] if not trial.get("finished_before")]
     assert len(killed) == kills["kills"]
+    assert {trial["after_round"] for trial in killed} == set(range(len(kills["phases_s"][0])))
+    assert f"{len(kills['stopped_by_a_full_disk'])} more, listed apart" in text
     late = sum(trial["rounds_before"] > 0 for trial in killed)
     assert f"({late} of them after a completed round)" in text
     assert f"{kills['lost_rounds']} completed rounds lost, {kills['identical_ends']} ends" in text
