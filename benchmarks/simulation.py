@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
@@ -34,17 +35,38 @@ from rundir import provenance  # noqa: E402
 SAMPLE_EVERY_S = 5.0  # reading smaps costs time
 
 
-def client_memory() -> list[dict[str, float]]:
+def descendants(pid: int) -> list[int]:
+    """List the processes below a process, children first."""
+    found = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children = file.read_text().split()
+        except OSError:  # it has ended meanwhile
+            continue
+        for child in map(int, children):
+            found += [*descendants(child), child]
+    return found
+
+
+def find_clients(main_pid: int) -> list[int]:
+    """List the client processes of a simulation."""
+    found = []
+    for pid in descendants(main_pid):
+        with suppress(OSError):
+            if b"ClientAppActor" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
+
+
+def client_memory(main_pid: int) -> list[dict[str, float]]:
     """Sample resident, proportional and cache-file memory of the client processes, in MB."""
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
+    for pid in find_clients(main_pid):
         try:
-            if b"ClientAppActor" not in (folder / "cmdline").read_bytes():
-                continue
-            rollup = (folder / "smaps_rollup").read_text()
+            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
             cache = 0
             inside = False
-            for line in (folder / "smaps").read_text().splitlines():
+            for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
                 if "-" in line.split(" ", 1)[0]:
                     inside = line.endswith(".pixels")
                 elif inside and line.startswith("Rss:"):
@@ -59,16 +81,15 @@ def client_memory() -> list[dict[str, float]]:
 
 
 def own_memory(main_pid: int) -> float:
-    """Add up the anonymous memory of the main process and the clients', in MB."""
+    """Add up the anonymous memory of the main process and the clients', in MB.
+
+    What they share, files and Ray's object store, would count for each of them.
+    """
     total = 0
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            is_client = b"ClientAppActor" in (folder / "cmdline").read_bytes()
-            if is_client or int(folder.name) == main_pid:
-                lines = (folder / "status").read_text().splitlines()
-                total += sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-        except OSError:
-            continue
+    for pid in [main_pid, *find_clients(main_pid)]:
+        with suppress(OSError):
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+            total += sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
     return total / 1e3
 
 
@@ -91,7 +112,7 @@ def main() -> None:
         own: dict[int, list[float]] = {}
         trained = None
         while run.poll() is None:
-            memory += client_memory()
+            memory += client_memory(run.pid)
             done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
             own.setdefault(done + 1, []).append(own_memory(run.pid))
             if trained is None and Path(folder, "latest", "encoder.safetensors").exists():

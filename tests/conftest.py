@@ -24,7 +24,6 @@ CPU = torch.device("cpu")
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
 
-
 LONGEST = ("test_deployment", "test_main", "test_resume", "test_faults", "test_walkthrough")
 
 
@@ -49,19 +48,6 @@ def in_terminal(command, columns=80, **variables):
         pass
     os.close(ours)
     return process.wait(), b"".join(pieces).decode()
-
-
-def descendants(pid):
-    """List the processes below a process, children first."""
-    found = []
-    for file in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            children = file.read_text().split()
-        except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
-            continue
-        for child in map(int, children):
-            found += [*descendants(child), child]
-    return found
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, descendants
+from conftest import ROOT
 from PIL import Image
+from simulation import descendants
 from test_encoder import README
 
 from certificates import make_certificates

@@ -7,17 +7,17 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, descendants, in_terminal
+from conftest import ROOT, in_terminal
 from ray.cluster_utils import Cluster
 from safetensors import safe_open
 from safetensors.torch import load_file
+from simulation import own_memory
 
 import main as program
 import test as evaluation
@@ -181,7 +181,7 @@ def test_memory_does_not_grow_over_rounds(tmp_path, cache_dir):
         while process.poll() is None:
             rounds = len(metrics.read_text().splitlines()) if metrics.exists() else 0
             if rounds and rounds not in after_round:
-                after_round[rounds] = own_memory("ClientAppActor", process.pid)
+                after_round[rounds] = own_memory(process.pid)
             time.sleep(0.1)
     finally:
         if process.poll() is None:
@@ -190,23 +190,7 @@ def test_memory_does_not_grow_over_rounds(tmp_path, cache_dir):
     assert len(after_round) >= 9
     early, late = after_round[3], after_round[max(k for k in after_round if k < 10)]
     assert early > 0
-    assert late < early * 1.05, {k: f"{v / 2**20:.0f} MiB" for k, v in after_round.items()}
-
-
-def own_memory(name, main_pid):
-    """Add up the resident memory that a main process and its Ray actors share with nobody.
-
-    What they share, the files and Ray's object store, would count for each of them.
-    """
-    total = 0
-    for pid in [main_pid, *descendants(main_pid)]:
-        try:
-            if pid == main_pid or name in Path(f"/proc/{pid}/cmdline").read_text():
-                status = Path(f"/proc/{pid}/status").read_text()
-                total += 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return total
+    assert late < early * 1.05, after_round
 
 
 # --- bad input ----------------------------------------------------------------

@@ -3,12 +3,11 @@
 import json
 import os
 import signal
-import sys
 import time
 
+import kills
 import pytest
 import torch
-from conftest import ROOT
 
 import main as program
 from checkpoints import Checkpoint, save_checkpoint
@@ -17,9 +16,6 @@ from errors import UserError
 from resources import ClientResources
 from resume import check_continuation, check_same, reopen, with_earlier_overrides
 from rundir import RunDirectory
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import kills
 
 ROWS = [{"round": number, "train_loss": 1 / number} for number in (1, 2, 3)]
 STATE = {"weight": torch.ones(3)}

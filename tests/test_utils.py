@@ -1,6 +1,7 @@
 import json
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -264,3 +265,16 @@ def test_seeds_depend_on_the_purpose_and_fit_a_generator():
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert derive_seed(0, "train", 1, 2) == derive_seed(0, "train", 1, 2)
     assert json.dumps(derive_seed(0, "a")) != json.dumps(derive_seed(0, "b"))
+
+
+def test_freed_memory_goes_back_to_the_system():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    blocks = [b"x" * 65536 + bytes([n % 256]) for n in range(3000)]  # below malloc's own mappings
+    last = blocks[-1]  # keeps the heap from shrinking by itself
+    full = resident()
+    blocks.clear()
+    utils.release_memory()
+    assert full - resident() > 150e6
+    assert len(last) == 65537
