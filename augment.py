@@ -130,6 +130,22 @@ def view_size(sizes: Sequence[int], image_size: int, round_number: int, num_roun
     return sizes[(round_number - 1) * len(sizes) // num_rounds] if sizes else image_size
 
 
+def encode_size(
+    train: Mapping[str, Any], image_size: int, round_number: int, num_rounds: int
+) -> int:
+    """Choose the side in pixels of the whole images that the encoder of a round sees.
+
+    Crops magnify what they show, so that an encoder trained on views of 16 pixels
+    may know whole images of 24 better (https://arxiv.org/abs/1906.06423).
+
+    Args:
+        train: the section; without `encode_size` it is the size of the round's views.
+            Images are never enlarged.
+    """
+    views = view_size(train["view_sizes"], image_size, round_number, num_rounds)
+    return min(train.get("encode_size") or views, image_size)
+
+
 def draw_crops(
     count: int,
     height: int,

@@ -61,6 +61,7 @@ RANGES: dict[str, tuple] = {
     "monitor.queries": (1, inf),
     "monitor.neighbors": (1, inf),
     "dataset.image_size": (4, 4096),
+    "train.encode_size": (4, 4096),
     "dataset.test_fraction": (0, 0.9, True),
     "model.projection_hidden": (1, inf),
     "model.projection_size": (1, inf),
@@ -104,7 +105,7 @@ RANGES: dict[str, tuple] = {
 # Lists of any length: lowest and highest item.
 WHOLE_NUMBERS: dict[str, tuple[int, float]] = {
     "participants": (0, inf),
-    "train.view_sizes": RANGES["dataset.image_size"],
+    "train.view_sizes": (4, 4096),
 }
 # Types of the values whose default is null.
 NULLABLE: dict[str, tuple[type, ...]] = {
@@ -123,6 +124,7 @@ NULLABLE: dict[str, tuple[type, ...]] = {
     "dataset.hub_name": (str,),
     "dataset.path": (str,),
     "dataset.test_fraction": (float,),
+    "train.encode_size": (int,),
     "dataset.label_column": (str,),
     "dataset.test_split": (str,),
     "dataset.revision": (str,),
@@ -207,6 +209,9 @@ def load_config(name: str, overrides: Sequence[str]) -> DictConfig:
     known = flatten(defaults)
     for key, value in flatten(config).items():
         _check_value(key, value, known.get(key))
+    size, side = (OmegaConf.select(config, k) for k in ("train.encode_size", "dataset.image_size"))
+    if size and side and size > side:
+        raise UserError(f"train.encode_size={size}: the images have {side} pixels; at most these")
     return config
 
 

@@ -23,8 +23,7 @@ def extract_features(
     Args:
         images: uint8 (N, 3, H, W).
         dtype: the autocast type of the forward pass, float32 for none.
-        size: side in pixels to which larger images are shrunk, that of the
-            views which the encoder was trained with.
+        size: side in pixels to which larger images are shrunk, see `encode_size`.
 
     Returns:
         float32 (N, feature_size). The model's train/eval mode is as before.

@@ -12,7 +12,7 @@ from sklearn.manifold import TSNE, trustworthiness
 from sklearn.preprocessing import normalize
 from threadpoolctl import threadpool_limits
 
-from augment import view_size
+from augment import encode_size
 from features import extract_features
 from figures import (
     HEALTH,
@@ -112,7 +112,7 @@ def encode_some(
     trained, round_number = load_trained(config, run.last_checkpoint(), device)
     untrained = build_model(config.model, config.dataset, config.seed, device)
     place = round_number, config.num_rounds
-    size = view_size(config.train.view_sizes, config.dataset.image_size, *place)
+    size = encode_size(config.train, config.dataset.image_size, *place)
     before, after = (
         extract_features(model, pixels, device, dtype, batch, size)
         for model in (untrained, trained)

@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord, Message, MessageType
 from omegaconf import DictConfig
 from torch.utils.tensorboard import SummaryWriter
 
-from augment import view_size
+from augment import encode_size
 from checkpoints import Checkpoint, save_checkpoint
 from features import extract_features, knn_accuracy
 from health import find_warnings
@@ -105,7 +105,7 @@ class Federation:
                         events.add_scalar(tag, value, round_number)
                     events.flush()
                     self.on_round(row)
-            size = self._view_size(self.config.num_rounds)
+            size = self._encode_size(self.config.num_rounds)
             dataset = {**self.config.dataset, "image_size": size}
             self.run.save_encoder(self.model, dataset, self.done)
         except OSError as error:
@@ -201,10 +201,10 @@ class Federation:
     def _model_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.model.state_dict().values())
 
-    def _view_size(self, round_number: int) -> int:
+    def _encode_size(self, round_number: int) -> int:
         config = self.config
-        sizes, image_size = config.train.view_sizes, config.dataset.image_size
-        return view_size(sizes, image_size, round_number, config.num_rounds)
+        image_size, num_rounds = config.dataset.image_size, config.num_rounds
+        return encode_size(config.train, image_size, round_number, num_rounds)
 
     def _knn(self, round_number: int) -> float | None:
         """Classify some training images by others with the frozen encoder."""
@@ -216,10 +216,8 @@ class Federation:
         )
         queries = order[: min(limits.queries, len(order) // 2)]
         bank = order[len(queries) : len(queries) + limits.bank]
-        dtype, size = (
-            choose_dtype(self.config.precision, self.device),
-            self._view_size(round_number),
-        )
+        dtype = choose_dtype(self.config.precision, self.device)
+        size = self._encode_size(round_number)
         features, query_features = (
             extract_features(self.model, images.pixels[rows], self.device, dtype, 256, size)
             for rows in (bank, queries)

@@ -27,7 +27,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from augment import make_augmentation, view_size
+from augment import encode_size, make_augmentation, view_size
 from checkpoints import load_checkpoint
 from config import run_entry
 from display import Waiting, make_report, print_results
@@ -82,7 +82,9 @@ class Evaluation:
         self.device = choose_device()
         self.dtype = choose_dtype(config.precision, self.device)
         place = round_number or config.num_rounds, config.num_rounds
-        self.size = view_size(config.train.view_sizes, config.dataset.image_size, *place)
+        image_size = config.dataset.image_size
+        self.view_size = view_size(config.train.view_sizes, image_size, *place)
+        self.encode_size = encode_size(config.train, image_size, *place)
         self.seeds = [derive_seed(config.seed, "labels", i) % 2**32 for i in range(settings.seeds)]
         self.labelled = [
             draw_labelled(self.train.labels, settings.label_fraction, seed) for seed in self.seeds
@@ -125,7 +127,7 @@ class Evaluation:
         self, model: SimCLR, train: Callable[..., nn.Module], settings: Mapping[str, Any]
     ) -> list[float]:
         scores = []
-        augmentation = make_augmentation(self.config.augment, self.size)
+        augmentation = make_augmentation(self.config.augment, self.view_size)
         for seed, labelled in zip(self.seeds, self.labelled, strict=True):
             tuned = copy.deepcopy(model)
             head = train(
@@ -158,9 +160,8 @@ class Evaluation:
         return row("raw pixels", "logistic regression", scores)
 
     def _features(self, model: SimCLR, pixels: np.ndarray) -> np.ndarray:
-        return extract_features(
-            model, pixels, self.device, self.dtype, self.settings.feature_batch_size, self.size
-        )
+        batch, size = self.settings.feature_batch_size, self.encode_size
+        return extract_features(model, pixels, self.device, self.dtype, batch, size)
 
 
 def row(encoder: str, method: str, scores: list[float]) -> dict[str, Any]:

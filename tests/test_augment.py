@@ -6,6 +6,7 @@ import torchvision.transforms.v2.functional as tv
 from augment import (
     Augmentation,
     draw_crops,
+    encode_size,
     gaussian_blur,
     make_augmentation,
     recolor,
@@ -219,3 +220,10 @@ def test_view_sizes_have_equal_parts_of_the_run():
     assert sizes == [16, 16, 16, 24, 24, 32, 32]
     assert [view_size([16, 24, 32], 32, number, 2) for number in (1, 2)] == [16, 24]
     assert view_size([], 32, 3, 7) == 32
+
+
+def test_images_are_encoded_as_the_views_unless_told_otherwise():
+    assert encode_size({"view_sizes": [16, 24]}, 32, 1, 2) == 16
+    assert encode_size({"view_sizes": [16, 24], "encode_size": None}, 32, 2, 2) == 24
+    assert encode_size({"view_sizes": [16], "encode_size": 24}, 32, 1, 2) == 24
+    assert encode_size({"view_sizes": [48]}, 32, 1, 2) == 32  # images are never enlarged

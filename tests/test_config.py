@@ -122,6 +122,7 @@ def test_main_and_test_share_the_protocol():
         ("num_clients=0", "num_clients=0: must be at least 1"),
         ("participants=[x]", "participants=['x']: must be a list of whole numbers, from 0 on"),
         ("train.view_sizes=[2]", "must be a list of whole numbers, 4 to 4096"),
+        ("train.encode_size=9", "the images have 8 pixels; at most these"),
         ("experiment=cifar", "did you mean cifar10_"),
         ("num_clients=-3", "num_clients=-3: must be at least 1"),
         ("num_clients=2.5", "must be a whole number"),
