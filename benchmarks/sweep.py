@@ -1,14 +1,14 @@
-"""Run what is still missing of the recorded comparison on CIFAR-10.
+"""Run what is still missing of the recorded results on CIFAR-10.
 
     python benchmarks/sweep.py --list
     python benchmarks/sweep.py --path=cifar10-parquet             # hours; can be interrupted
     python benchmarks/sweep.py --path=cifar10-parquet --only clients-2 seed0
 
-Every run is `python main.py experiment=cifar10_sweep` with a few overrides, and
-some are evaluated again with other numbers of labels. Their small files go to
-results/sweep/NAME/seedN: configuration, metrics of every round, evaluations with
-commit, versions and hardware, and the commands with their wall times. What is
-there already is skipped.
+Every run is `python main.py` with an experiment and a few overrides, and some are
+evaluated again with other numbers of labels. Their small files go to
+results/NAME/seedN: configuration, metrics of every round, evaluations with commit,
+versions and hardware, and the commands with their wall times. What is there already
+is skipped. `python benchmarks/tables.py` then writes the README's tables.
 """
 
 import argparse
@@ -23,35 +23,41 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parent.parent
-RECORDS = ROOT / "results" / "sweep"
+RESULTS = ROOT / "results"
 SEEDS = (0, 1, 2)
-BUDGET = "experiment=cifar10_sweep"
+# In a comparison the images and steps of all clients together are the same, 160 steps a round.
+COMPARISON = "experiment=cifar10_sweep"
 RUNS: dict[str, list[str]] = {
-    "reference": [],
-    "centralized": ["num_clients=1"],
-    "client-alone": ["participants=[0]"],
-    "clients-2": ["num_clients=2"],
-    "clients-4": ["num_clients=4"],
-    "clients-6": ["num_clients=6"],
-    "clients-8": ["num_clients=8"],
-    "clients-10": ["num_clients=10"],
-    "dirichlet": ["partition=dirichlet", "partition.alpha=0.1"],
-    "two-classes": ["partition=pathological", "partition.classes_per_client=2"],
-    "fedavgm": ["strategy=fedavgm"],
-    "fedadam": ["strategy=fedadam"],
-    "two-classes-fedprox": [
-        *("partition=pathological", "partition.classes_per_client=2", "strategy=fedprox")
+    "cifar10_cpu": ["experiment=cifar10_cpu"],
+    "sweep/clients-5": [COMPARISON],
+    "sweep/centralized": [COMPARISON, "num_clients=1", "train.max_steps=160"],
+    "sweep/client-alone": [COMPARISON, "participants=[0]"],
+    "sweep/clients-2": [COMPARISON, "num_clients=2", "train.max_steps=80"],
+    "sweep/clients-4": [COMPARISON, "num_clients=4", "train.max_steps=40"],
+    "sweep/clients-6": [COMPARISON, "num_clients=6", "train.max_steps=27"],
+    "sweep/clients-8": [COMPARISON, "num_clients=8", "train.max_steps=20"],
+    "sweep/clients-10": [COMPARISON, "num_clients=10", "train.max_steps=16"],
+    "sweep/dirichlet": [COMPARISON, "partition=dirichlet", "partition.alpha=0.1"],
+    "sweep/two-classes": [
+        *(COMPARISON, "partition=pathological", "partition.classes_per_client=2")
+    ],
+    "sweep/fedavgm": [COMPARISON, "strategy=fedavgm"],
+    "sweep/fedadam": [COMPARISON, "strategy=fedadam"],
+    "sweep/two-classes-fedprox": [
+        *(COMPARISON, "partition=pathological", "partition.classes_per_client=2"),
+        "strategy=fedprox",
     ],
 }
+ONE_SEED = ("cifar10_cpu",)  # for the rest there are all
 # Evaluations besides that of main.py, by run.
 EVALUATIONS: dict[str, list[list[str]]] = {
-    "reference": [
+    "sweep/clients-5": [
         ["label_fraction=0.01"],
-        ["label_fraction=1.0"],
-        ["mode=finetune"],
-        ["mode=supervised"],
+        ["label_fraction=1.0", "seeds=1"],
+        ["mode=finetune", "seeds=1"],
+        ["mode=supervised", "seeds=1"],
     ],
-    "centralized": [["label_fraction=0.01"], ["label_fraction=1.0"]],
+    "sweep/centralized": [["label_fraction=0.01"], ["label_fraction=1.0", "seeds=1"]],
 }
 
 
@@ -61,7 +67,8 @@ def missing(names: Sequence[str]) -> list[tuple[str, int]]:
         (name, seed)
         for seed in SEEDS
         for name in RUNS
-        if not (RECORDS / name / f"seed{seed}" / "commands.json").exists()
+        if seed == 0 or name not in ONE_SEED
+        if not (RESULTS / name / f"seed{seed}" / "commands.json").exists()
         and (not names or name in names or f"seed{seed}" in names)
     ]
 
@@ -71,7 +78,7 @@ def run_one(name: str, seed: int, path: str, scratch: Path) -> None:
     output = scratch / name / f"seed{seed}"
     shutil.rmtree(output, ignore_errors=True)
     run = output / "run"
-    commands = [["main.py", BUDGET, *RUNS[name], f"seed={seed}"]]
+    commands = [["main.py", *RUNS[name], f"seed={seed}"]]
     places = [f"dataset.path={path}", f"output_dir={output}", f"run_dir={run}"]
     times = [time_command([*commands[0], *places])]
     for more in EVALUATIONS.get(name, []):
@@ -81,7 +88,7 @@ def run_one(name: str, seed: int, path: str, scratch: Path) -> None:
         {"command": " ".join(["python", *command]), "wall_s": round(wall, 1)}
         for command, wall in zip(commands, times, strict=True)
     ]
-    keep_record(run, RECORDS / name / f"seed{seed}", told)
+    keep_record(run, RESULTS / name / f"seed{seed}", told)
     shutil.rmtree(output)
 
 
@@ -120,7 +127,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=ROOT / "outputs" / "sweep")
     given = parser.parse_args()
     left = missing(given.only)
-    print(f"{len(left)} of {len(RUNS) * len(SEEDS)} runs are missing")
+    print(f"{len(left)} runs are missing")
     if given.list:
         print("\n".join(f"  {name} seed{seed}: {' '.join(RUNS[name])}" for name, seed in left))
         return

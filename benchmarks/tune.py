@@ -1,153 +1,175 @@
-"""Try a recipe on a validation part of the training images; the test set stays unseen.
+"""Try a recipe on one client's share of the images; the test set stays unseen.
 
-    python benchmarks/tune.py --path=cifar10-parquet train.temperature=0.2
-    python benchmarks/tune.py --path=cifar10-parquet --budget-s=600 train.batch_size=64
+    python benchmarks/tune.py --path=cifar10-parquet --images=40000 train.learning_rate=0.02
+    python benchmarks/tune.py --path=cifar10-parquet --images=40000 --optimizer=adamw --warmup=0.1
 
-Runs the rounds of FedAvg in this one process, each client on all cores, without Ray.
-After the rounds that --probe names, a linear head on 10 % of the labels is scored on
-5,000 training images that no client trains on. Every trial is a line of
-results/tuning.jsonl: what was overridden, and what it gave after which time.
---budget-s ends a trial early, without changing its schedule; use it to compare
-starts, and a smaller num_rounds or train.max_steps to compare whole schedules.
+One client with 9,000 training images takes the whole learning-rate schedule in so many
+images, a fifth of the cost of a federation of five. Then linear head and kNN, both with
+5,000 labels, are scored on 4,000 other training images. Overrides are those of main.py;
+flags are for what main.py does not offer because it did not help. Every trial is a line
+of results/tuning.jsonl.
 """
 
 import argparse
 import json
+import math
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import nn
+from torch.optim import Optimizer
+from torchvision.models.resnet import BasicBlock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from augment import make_augmentation, view_size  # noqa: E402
+from augment import encode_size, make_augmentation, view_size  # noqa: E402
 from config import load_config  # noqa: E402
 from features import extract_features, knn_accuracy  # noqa: E402
 from heads import draw_labelled, train_linear_head  # noqa: E402
-from model import build_model  # noqa: E402
-from partitions import partition_rows, split_held_out  # noqa: E402
+from model import SimCLR, build_model, nt_xent  # noqa: E402
 from resources import count_cores  # noqa: E402
 from rundir import provenance  # noqa: E402
-from training import local_train, make_optimization  # noqa: E402
-from utils import (  # noqa: E402
-    Images,
-    choose_device,
-    choose_dtype,
-    generator_for,
-    open_image_set,
-)
+from training import cosine  # noqa: E402
+from utils import Images, choose_device, choose_dtype, generator_for, open_image_set  # noqa: E402
 
-VALIDATION = 5000
-HEAD_SEED = 0
+VALIDATION, CLIENT, LABELLED = 4000, 9000, 5000
+COLOURS = ((1, 1, 1), (1, 0, -1), (-1, 2, -1))  # luma and two opponent colours
 
 
-class Trial:
-    """A federation of one process, and the validation images it is scored on."""
+def split_images(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw the rows of the client, those with labels, and those that are scored."""
+    order = np.random.default_rng(0).permutation(len(labels))
+    held, rest = np.sort(order[:VALIDATION]), np.sort(order[VALIDATION:])
+    labelled = rest[draw_labelled(labels[rest], LABELLED / len(rest), 0)]
+    return np.random.default_rng(1).permutation(rest)[:CLIENT], labelled, held
 
-    def __init__(self, config: DictConfig, train: Images) -> None:
-        self.config, self.train = config, train
-        self.device = choose_device()
-        self.dtype = choose_dtype(config.precision, self.device)
-        order = np.random.default_rng(0).permutation(len(train.pixels))
-        self.held, rest = order[:VALIDATION], np.sort(order[VALIDATION:])
-        part = Images(train.pixels[: len(rest)], train.labels[rest])  # dealt out by number
-        dealt = partition_rows(part, config.num_clients, config.partition, config.seed)
-        self.clients = [split_held_out(rest[rows], config.held_out)[0] for rows in dealt]
-        self.labelled = rest[draw_labelled(part.labels, 0.1, HEAD_SEED)]
-        self.model = build_model(config.model, config.dataset, config.seed, self.device)
 
-    def run_round(self, number: int) -> float:
-        """Train every client from the same weights and average; return the mean loss."""
-        start = {name: value.clone() for name, value in self.model.state_dict().items()}
-        total: dict[str, Tensor] = {}
-        losses, count = [], sum(map(len, self.clients))
-        for partition, rows in enumerate(self.clients):
-            self.model.load_state_dict(start)
-            losses.append(self._train_client(number, partition, rows))
-            for name, value in self.model.state_dict().items():
-                total[name] = total.get(name, 0) + value.double() * (len(rows) / count)
-        self.model.load_state_dict({k: v.to(start[k].dtype) for k, v in total.items()})
-        return float(np.average(losses, weights=list(map(len, self.clients))))
+def start_model(config: DictConfig, given: Namespace) -> SimCLR:
+    """Build the model, with another start where it is asked for."""
+    model = build_model(config.model, config.dataset, config.seed, choose_device())
+    if given.zero_residual:  # every block starts as the identity
+        for block in model.encoder.modules():
+            if isinstance(block, BasicBlock):
+                nn.init.zeros_(block.bn2.weight)
+    if given.cosine_stem:
+        start_stem(model.encoder.conv1)
+    return model
 
-    def _train_client(self, number: int, partition: int, rows: np.ndarray) -> float:
-        config = self.config
-        size = self._size(number)
-        result = local_train(
-            self.model,
-            self.train.pixels,
-            rows,
-            make_augmentation(config.augment, size),
-            make_optimization(config.train),
-            run_part=((number - 1) / config.num_rounds, number / config.num_rounds),
-            proximal_mu=0.0,
-            generator=generator_for(config.seed, "train", number, partition),
-            device=self.device,
-            dtype=self.dtype,
+
+@torch.no_grad()
+def start_stem(conv: nn.Conv2d) -> None:
+    """Start the first filters as cosines and their negatives, lowest frequencies first."""
+    side = conv.kernel_size[0]
+    waves = np.cos(np.pi * np.outer(np.arange(side), np.arange(side) + 0.5) / side)
+    waves /= np.linalg.norm(waves, axis=1, keepdims=True)
+    colours = np.array(COLOURS) / np.linalg.norm(COLOURS, axis=1, keepdims=True)
+    order = sorted(
+        np.ndindex(side, side, 3),
+        key=lambda p: p[0] ** 2 + p[1] ** 2 + 2 * (p[2] > 0) * side**2 / 9,
+    )
+    filters = [np.einsum("c,i,j->cij", colours[c], waves[u], waves[v]) for u, v, c in order]
+    chosen = np.array(filters[: len(conv.weight) // 2])
+    both = torch.from_numpy(np.concatenate([chosen, -chosen])).float()
+    conv.weight[: len(both)] = both * conv.weight.std() * math.sqrt(3 * side**2)
+
+
+def make_optimizer(model: SimCLR, config: DictConfig, name: str) -> Optimizer:
+    """SGD as in local training, or AdamW without decay of biases and BatchNorm."""
+    settings = config.train
+    if name == "sgd":
+        return torch.optim.SGD(
+            model.parameters(), momentum=settings.momentum, weight_decay=settings.weight_decay
         )
-        return result.loss
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1]},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=settings.weight_decay)
 
-    def _size(self, number: int) -> int:
-        sizes, image_size = self.config.train.view_sizes, self.config.dataset.image_size
-        return view_size(sizes, image_size, number, self.config.num_rounds)
 
-    def score(self, number: int) -> dict[str, float]:
-        """Score a linear head and kNN, both with 10 % of the labels, on the held images."""
-        features, queries = (self._features(rows, number) for rows in (self.labelled, self.held))
-        labels, answers = self.train.labels[self.labelled], self.train.labels[self.held]
-        predict = train_linear_head(features, labels, 10, self.config.eval, HEAD_SEED)
-        return {
-            "linear_head": float((predict(queries) == answers).mean()),
-            "knn": knn_accuracy(features, labels, queries, answers, 10),
-        }
-
-    def _features(self, rows: np.ndarray, number: int) -> np.ndarray:
-        pixels = self.train.pixels[np.sort(rows)]
-        features = extract_features(
-            self.model, pixels, self.device, self.dtype, 256, self._size(number)
+def train(model: SimCLR, images: Images, rows: np.ndarray, config: DictConfig, given: Namespace):
+    """Train on --images images in all; give the mean loss of the last 50 steps and the pace."""
+    settings, generator = config.train, generator_for(config.seed, "train", 1, 0)
+    optimizer = make_optimizer(model, config, given.optimizer)
+    size, device = settings.batch_size, choose_device()
+    dtype, steps = choose_dtype(config.precision, device), given.images // size
+    model.train()
+    losses, began = [], time.perf_counter()
+    for step in range(steps):
+        place = step % (len(rows) // size)
+        if place == 0:
+            order = rows[torch.randperm(len(rows), generator=generator).numpy()]
+        batch = images.pixels[np.sort(order[place * size : (place + 1) * size])]
+        rising = step / (given.warmup * steps) if given.warmup else 1.0
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * (rising if rising < 1 else cosine(step / steps))
+        side = view_size(settings.view_sizes, config.dataset.image_size, step + 1, steps)
+        views = make_augmentation(config.augment, side).two_views(
+            torch.from_numpy(batch).to(device), generator
         )
-        return features[np.argsort(np.argsort(rows))]
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            projections = model(views)
+        loss = nt_xent(projections, settings.temperature)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    elapsed = time.perf_counter() - began
+    return {
+        "loss": round(float(np.mean(losses[-50:])), 3),
+        "train_s": round(elapsed),
+        "images_per_second": round(steps * size / elapsed),
+    }
 
 
-def run_trial(trial: Trial, probe: set[int], budget_s: float) -> list[dict[str, Any]]:
-    """Run the rounds, or as many as the budget allows; tell loss and scores of each."""
-    rows, spent = [], 0.0
-    for number in range(1, trial.config.num_rounds + 1):
-        began = time.perf_counter()
-        row: dict[str, Any] = {"round": number, "loss": trial.run_round(number)}
-        spent += time.perf_counter() - began
-        row["train_s"] = round(spent, 1)
-        ends = number == trial.config.num_rounds or spent > budget_s
-        if ends or number in probe:
-            row |= trial.score(number)
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-        if ends:
-            break
-    return rows
+def score(
+    model: SimCLR, images: Images, labelled: np.ndarray, held: np.ndarray, config: DictConfig, size
+) -> dict[str, float]:
+    """Score linear head and kNN on images of so many pixels, in percent."""
+    device = choose_device()
+    dtype = choose_dtype(config.precision, device)
+    features, queries = (
+        extract_features(model, images.pixels[rows], device, dtype, 256, size)
+        for rows in (labelled, held)
+    )
+    labels, answers = images.labels[labelled], images.labels[held]
+    predict = train_linear_head(features, labels, 10, config.eval, 0)
+    linear = float((predict(queries) == answers).mean())
+    knn = knn_accuracy(features, labels, queries, answers, 10)
+    return {"linear_head": round(100 * linear, 1), "knn": round(100 * knn, 1)}
 
 
 def main() -> None:
     """Run one trial and record it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--path", required=True, help="a local copy of uoft-cs/cifar10")
-    parser.add_argument("--probe", type=int, nargs="*", default=[], help="rounds to score")
-    parser.add_argument("--budget-s", type=float, default=float("inf"))
+    parser.add_argument("--images", type=int, default=40_000, help="in all, repeats included")
+    parser.add_argument("--encode", type=int, nargs="*", help="sizes to score, in pixels")
+    parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd")
+    parser.add_argument("--warmup", type=float, default=0.0, help="share of the steps")
+    parser.add_argument("--zero-residual", action="store_true")
+    parser.add_argument("--cosine-stem", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "tuning.jsonl")
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_intermixed_args()
     torch.set_num_threads(count_cores())
     config = load_config("config", ["dataset=cifar10", *given.overrides])
     config.dataset.path = given.path
-    train = open_image_set(config.dataset, config.cache_dir, config.seed, report=print).train
-    measured = provenance()
-    rows = run_trial(Trial(config, train), set(given.probe), given.budget_s)
-    line = {"overrides": given.overrides, "rounds": rows, "measured": measured}
+    images = open_image_set(config.dataset, config.cache_dir, config.seed, report=print).train
+    rows, labelled, held = split_images(images.labels)
+    measured, model = provenance(), start_model(config, given)
+    trained = train(model, images, rows, config, given)
+    sizes = given.encode or [encode_size(config.train, config.dataset.image_size, 1, 1)]
+    scores = {str(size): score(model, images, labelled, held, config, size) for size in sizes}
+    flags = [a for a in sys.argv[1:] if not a.startswith(("--path", "--out", "--encode"))]
+    line = {"arguments": flags, **trained, "by_pixels": scores, "measured": measured}
+    print(json.dumps(line))
     given.out.parent.mkdir(parents=True, exist_ok=True)
     with given.out.open("a") as file:
         file.write(json.dumps(line) + "\n")

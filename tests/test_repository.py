@@ -4,10 +4,10 @@ import ast
 import json
 import re
 import shlex
-import statistics
 import subprocess
 
 import pytest
+import tables
 from conftest import ROOT
 
 from config import flags_to_overrides, load_config
@@ -124,39 +124,25 @@ def test_requirements_are_exact():
         assert re.fullmatch(r"[\w.-]+(\[\w+\])?==[\w.]+", line), line
 
 
-def digits_table():
-    """Write the rows of the README's table from the recorded runs."""
-    kinds = [
-        ("federated SimCLR", "linear head"),
-        ("federated SimCLR", "kNN"),
-        ("random encoder", "linear head"),
-        ("raw pixels", "logistic regression"),
-    ]
-    rows, means = [], {kind: [] for kind in kinds}
-    for file in sorted((ROOT / "results" / "digits").glob("seed*/results.json")):
-        result = json.loads(file.read_text())[0]
-        found = {(row["encoder"], row["method"]): row for row in result["rows"]}
-        cells = []
-        for kind in kinds:
-            means[kind].append(found[kind]["mean"])
-            cells.append(f"{100 * found[kind]['mean']:.1f} ± {100 * found[kind]['std']:.1f}")
-        rows.append(f"| {result['seed']} | {' | '.join(cells)} |")
-    summary = [
-        f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
-        for values in means.values()
-    ]
-    return [*rows, f"| **mean of seeds** | {' | '.join(summary)} |"], summary
-
-
-def test_the_readmes_numbers_are_those_of_the_recorded_runs():
-    rows, summary = digits_table()
-    assert len(rows) == 4
-    for line in rows:
-        assert line in README, f"the README lacks: {line}"
-    ours, _, random_encoder, pixels = summary
+def test_the_readmes_tables_are_those_of_the_recorded_runs():
+    assert tables.fill(README) == README, "run python benchmarks/tables.py"
+    _, _, ours, _, random_encoder, pixels, _ = tables.digits_table()[-1].split("|")
     headline = README.partition("## Start")[0]
-    for number in (f"{ours} %", f"{random_encoder.split()[0]} %", f"{pixels.split()[0]} %"):
-        assert number in headline, f"the headline lacks: {number}"
+    for number in (ours, random_encoder.split()[0], pixels.split()[0]):
+        assert f"{number.strip()} %" in headline, f"the headline lacks: {number} %"
+
+
+def test_a_table_tells_mean_and_spread_of_what_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    for seed, top1 in enumerate((0.5, 0.6)):
+        folder = tmp_path / "sweep" / "clients-5" / f"seed{seed}"
+        folder.mkdir(parents=True)
+        row = {"encoder": "federated SimCLR", "method": "linear head", "mean": top1}
+        result = {"mode": "linear", "protocol": {"label_fraction": 0.1}, "rows": [row]}
+        (folder / "results.json").write_text(json.dumps([result]))
+    _, _, first, second, *_ = tables.comparison_table()
+    assert first == "| 5 clients, IID, FedAvg | | 55.0 ± 7.1 | | | | 2 |"
+    assert second == "| centralized: one client with all images | | | | | | 0 |"
 
 
 def test_recorded_runs_tell_how_they_were_made():
