@@ -81,13 +81,19 @@ def head(*names: str) -> list[str]:
 
 
 def digits_table() -> list[str]:
-    """Tabulate the run of `python main.py` with its seeds, each with the spread over labels."""
+    """Tabulate the run of `python main.py` by seed, each with the spread over labels.
+
+    The last two lines are means of seeds, of all in float32 and of all in bfloat16.
+    """
     seeds = read_seeds("digits")
     lines = head("seed", *(f"{encoder}, {method}, %" for encoder, method in DIGITS))
     for results in seeds:
         rows = [find_score(results, *what) for what in DIGITS]
         lines.append(line(results[0]["seed"], *(show(row["top1"]) for row in rows)))
-    return [*lines, line("**mean of seeds**", *(cell(seeds, *what) for what in DIGITS))]
+    for title, name in (("mean of seeds", "digits"), ("in bfloat16", "digits_bfloat16")):
+        seeds = read_seeds(name)
+        lines.append(line(f"**{title}**", *(cell(seeds, *what) for what in DIGITS)))
+    return lines
 
 
 def budget_table() -> list[str]:

@@ -1,12 +1,16 @@
 """Draw the pictures of the README.
 
 python images/draw.py
+python images/draw.py --run=outputs/latest   # and those that need the weights of a run
 """
 
+import argparse
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -18,11 +22,12 @@ sys.path.insert(0, str(ROOT))
 
 from augment import make_augmentation  # noqa: E402
 from config import load_config  # noqa: E402
-from figures import INK, draw_loss_graph, draw_partitions, show_image  # noqa: E402
+from figures import INK, draw_knn, draw_loss_graph, draw_partitions, show_image  # noqa: E402
 from partitions import count_classes, partition_rows  # noqa: E402
 from utils import generator_for, open_image_set  # noqa: E402
 
 RECORDED_RUN = ROOT / "results" / "digits" / "seed0"
+BENCHMARK = ROOT / "results" / "cifar10_cpu" / "seed0"
 NT_XENT = (
     r"$\ell_{i,j} = -\log\;\frac{\exp(\mathrm{sim}(z_i, z_j)/\tau)}"
     r"{\sum_{k=1}^{2N} 1_{[k \neq i]}\,\exp(\mathrm{sim}(z_i, z_k)/\tau)}$"
@@ -75,12 +80,23 @@ def draw_dealing(file: Path, overrides: Sequence[str]) -> None:
 
 def main() -> None:
     """Draw every picture of images/."""
-    folder = ROOT / "images"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, help="the run that the map and neighbours show")
+    given, folder = parser.parse_args(), ROOT / "images"
     draw_formula(folder / "loss_eq.png")
     draw_views(folder / "views.png", [])
     draw_dealing(folder / "partitions.png", ["partition=dirichlet", "partition.alpha=0.1"])
-    lines = (RECORDED_RUN / "metrics.jsonl").read_text().splitlines()
-    draw_loss_graph([json.loads(line) for line in lines], folder / "loss_graph.png", "digits")
+    draw_loss_graph(read_metrics(RECORDED_RUN), folder / "loss_graph.png", "digits")
+    draw_loss_graph(read_metrics(BENCHMARK), folder / "loss_cifar10.png", "CIFAR-10")
+    draw_knn(read_metrics(BENCHMARK), folder / "knn_cifar10.png")
+    if given.run:
+        for name in ("map.png", "neighbours.png"):
+            shutil.copy(given.run / "figures" / name, folder)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Read the metrics lines of a recorded run."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").open()]
 
 
 if __name__ == "__main__":

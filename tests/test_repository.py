@@ -126,7 +126,7 @@ def test_requirements_are_exact():
 
 def test_the_readmes_tables_are_those_of_the_recorded_runs():
     assert tables.fill(README) == README, "run python benchmarks/tables.py"
-    _, _, ours, _, random_encoder, pixels, _ = tables.digits_table()[-1].split("|")
+    _, _, ours, _, random_encoder, pixels, _ = tables.digits_table()[-2].split("|")
     headline = README.partition("## Start")[0]
     for number in (ours, random_encoder.split()[0], pixels.split()[0]):
         assert f"{number.strip()} %" in headline, f"the headline lacks: {number} %"
