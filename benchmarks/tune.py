@@ -145,12 +145,17 @@ def score(
     return {"linear_head": round(100 * linear, 1), "knn": round(100 * knn, 1)}
 
 
+def whole_numbers(text: str) -> list[int]:
+    """Read numbers with commas in between."""
+    return [int(part) for part in text.split(",")]
+
+
 def main() -> None:
     """Run one trial and record it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--path", required=True, help="a local copy of uoft-cs/cifar10")
     parser.add_argument("--images", type=int, default=40_000, help="in all, repeats included")
-    parser.add_argument("--encode", type=int, nargs="*", help="sizes to score, in pixels")
+    parser.add_argument("--encode", type=whole_numbers, help="sizes to score, in pixels: 16,24")
     parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd")
     parser.add_argument("--warmup", type=float, default=0.0, help="share of the steps")
     parser.add_argument("--zero-residual", action="store_true")
