@@ -3,7 +3,7 @@
 python benchmarks/tables.py
 
 A table stands between two comments in the README, `<!-- NAME -->` and `<!-- end -->`.
-What has not been recorded is an empty cell.
+What has not been recorded is an empty cell or no line.
 """
 
 import json
@@ -115,17 +115,21 @@ def budget_table() -> list[str]:
 
 
 def comparison_table() -> list[str]:
-    """Tabulate the comparison of federations."""
+    """Tabulate the comparison of federations, as far as it is recorded."""
     ours = ("federated SimCLR", "linear head")
     names = ("1 % of labels", "10 %", "100 %", "kNN, 10 %", "fine-tuned, 10 %", "seeds")
     lines = head("", *names)
     for title, name in COMPARISON.items():
         seeds = read_seeds(f"sweep/{name}")
+        if not seeds:
+            continue
         fractions = (cell(seeds, *ours, fraction=fraction) for fraction in (0.01, 0.1, 1.0))
         knn = cell(seeds, "federated SimCLR", "kNN")
         tuned = cell(seeds, "federated SimCLR", "fine-tuned", mode="finetune")
         lines.append(line(title, *fractions, knn, tuned, len(seeds)))
     seeds, untrained = read_seeds("sweep/clients-5"), ("random encoder", "linear head")
+    if not seeds:
+        return lines if len(lines) > 2 else ["Not recorded yet."]
     fractions = (cell(seeds, *untrained, fraction=fraction) for fraction in (0.01, 0.1, 1.0))
     knn = cell(seeds, "random encoder", "kNN")
     tuned = cell(seeds, "random encoder", "fine-tuned", mode="finetune")
