@@ -256,6 +256,7 @@ def test_flwr_run_simulates(place):
             *("--run-config", f'hydra-overrides="{" ".join(overrides)}"'),
         )
         assert status == 0, output
+        assert (place.outputs / "latest" / "metrics.jsonl").is_file(), output
         assert len(place.rounds()[0]["clients"]) == 2
         assert (place.outputs / "latest" / "encoder.safetensors").is_file()
     finally:
