@@ -41,6 +41,7 @@ class Place:
             "HOME": str(self.home),
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
             "PYTHONUNBUFFERED": "1",
+            "RAY_ADDRESS": "local",  # `flwr run` would join the cluster of another test
         }
         self.env.pop("FLWR_HOME", None)
         self.link = f"127.0.0.1:{self.port}"
