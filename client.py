@@ -144,7 +144,11 @@ def _open_images(
         if spec["source"] == "imagefolder" and spec["path"] is None:
             raise UserError('this node has no images; put data-path="DIR" into its --node-config')
         image_set = open_image_set(spec, *places, verify=verify)
-        dealt = (num_partitions, OmegaConf.to_container(config.partition), config.seed)
+        dealt = (
+            num_partitions,
+            OmegaConf.to_container(config.partition, resolve=True),
+            config.seed,
+        )
         return image_set.train, open_partitions(image_set, config.cache_dir, *dealt)
     spec |= {"source": "imagefolder", "path": data_path, "labels": False}
     try:

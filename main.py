@@ -81,7 +81,11 @@ def prepare(config: DictConfig) -> tuple[ClientResources, ImageSet]:
     check_writable(Path(config.run_dir))
     report = make_report(config.quiet)
     image_set = open_image_set(config.dataset, config.cache_dir, config.seed, report)
-    dealt = (config.num_clients, OmegaConf.to_container(config.partition), config.seed)
+    dealt = (
+        config.num_clients,
+        OmegaConf.to_container(config.partition, resolve=True),
+        config.seed,
+    )
     parts = open_partitions(image_set, config.cache_dir, *dealt)
     for rows in parts:
         split_held_out(rows, config.held_out)

@@ -21,7 +21,7 @@ from simulation import own_memory
 
 import main as program
 import test as evaluation
-from config import run_entry
+from config import load_config, run_entry
 from resume import with_earlier_overrides
 
 SMALL = [
@@ -162,6 +162,14 @@ def test_cifar10_goes_the_whole_way(tmp_path, cache_dir, cifar10):
     (result,) = json.loads((output / "latest" / "results.json").read_text())
     assert result["test_images"] == 10_000
     assert result["labelled_images"] == 1_000
+
+
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "pathological"])
+def test_every_way_to_deal_out_the_images_is_ready_to_start(tmp_path, cache_dir, kind):
+    """With what refers to other values, as the partition's seed does."""
+    places = [f"run_dir={tmp_path}/run", f"cache_dir={cache_dir}"]
+    _, image_set = program.prepare(load_config("config", [f"partition={kind}", *places]))
+    assert len(image_set.train.pixels) == 1437
 
 
 def test_memory_does_not_grow_over_rounds(tmp_path, cache_dir):
