@@ -2,7 +2,7 @@
 
     python benchmarks/sweep.py --list
     python benchmarks/sweep.py --path=cifar10-parquet             # hours; can be interrupted
-    python benchmarks/sweep.py --path=cifar10-parquet --only clients-2 seed0
+    python benchmarks/sweep.py --path=cifar10-parquet --only sweep/clients-2 seed0
 
 Every run is `python main.py` with an experiment and a few overrides, and some are
 evaluated again with other numbers of labels. Their small files go to
@@ -26,29 +26,33 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 SEEDS = (0, 1, 2)
 # In a comparison the images and steps of all clients together are the same, 160 steps a round.
-COMPARISON = "experiment=cifar10_sweep"
-RUNS: dict[str, list[str]] = {
-    "cifar10_cpu": ["experiment=cifar10_cpu"],
-    "sweep/clients-5": [COMPARISON],
-    "sweep/centralized": [COMPARISON, "num_clients=1", "train.max_steps=160"],
-    "sweep/client-alone": [COMPARISON, "participants=[0]"],
-    "sweep/clients-2": [COMPARISON, "num_clients=2", "train.max_steps=80"],
-    "sweep/clients-4": [COMPARISON, "num_clients=4", "train.max_steps=40"],
-    "sweep/clients-6": [COMPARISON, "num_clients=6", "train.max_steps=27"],
-    "sweep/clients-8": [COMPARISON, "num_clients=8", "train.max_steps=20"],
-    "sweep/clients-10": [COMPARISON, "num_clients=10", "train.max_steps=16"],
-    "sweep/dirichlet": [COMPARISON, "partition=dirichlet", "partition.alpha=0.1"],
-    "sweep/two-classes": [
-        *(COMPARISON, "partition=pathological", "partition.classes_per_client=2")
-    ],
-    "sweep/fedavgm": [COMPARISON, "strategy=fedavgm"],
-    "sweep/fedadam": [COMPARISON, "strategy=fedadam"],
-    "sweep/two-classes-fedprox": [
-        *(COMPARISON, "partition=pathological", "partition.classes_per_client=2"),
-        "strategy=fedprox",
-    ],
+TWO_CLASSES = ("partition=pathological", "partition.classes_per_client=2")
+COMPARED: dict[str, tuple[str, Sequence[str]]] = {  # title in the README, and overrides
+    "clients-5": ("5 clients, IID, FedAvg", ()),
+    "centralized": (
+        "centralized: one client with all images",
+        ("num_clients=1", "train.max_steps=160"),
+    ),
+    "client-alone": ("one of the 5 clients alone", ("participants=[0]",)),
+    "clients-2": ("2 clients", ("num_clients=2", "train.max_steps=80")),
+    "clients-4": ("4 clients", ("num_clients=4", "train.max_steps=40")),
+    "clients-6": ("6 clients", ("num_clients=6", "train.max_steps=27")),
+    "clients-8": ("8 clients", ("num_clients=8", "train.max_steps=20")),
+    "clients-10": ("10 clients", ("num_clients=10", "train.max_steps=16")),
+    "dirichlet": ("5 clients, Dirichlet 0.1", ("partition=dirichlet", "partition.alpha=0.1")),
+    "two-classes": ("5 clients, two classes each", TWO_CLASSES),
+    "two-classes-fedprox": (
+        "5 clients, two classes each, FedProx",
+        (*TWO_CLASSES, "strategy=fedprox"),
+    ),
+    "fedavgm": ("5 clients, IID, FedAvgM", ("strategy=fedavgm",)),
+    "fedadam": ("5 clients, IID, FedAdam", ("strategy=fedadam",)),
 }
-ONE_SEED = ("cifar10_cpu",)  # for the rest there are all
+ONE_SEED = {"cifar10_cpu": ["experiment=cifar10_cpu"]}
+RUNS: dict[str, list[str]] = ONE_SEED | {
+    f"sweep/{name}": ["experiment=cifar10_sweep", *overrides]
+    for name, (_, overrides) in COMPARED.items()
+}
 # Evaluations besides that of main.py, by run.
 EVALUATIONS: dict[str, list[list[str]]] = {
     "sweep/clients-5": [
@@ -126,6 +130,9 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="only tell what is missing")
     parser.add_argument("--scratch", type=Path, default=ROOT / "outputs" / "sweep")
     given = parser.parse_args()
+    known = {*RUNS, *(f"seed{seed}" for seed in SEEDS)}
+    if strangers := sorted(set(given.only) - known):
+        parser.error(f"--only={strangers[0]}: there are {', '.join(sorted(known))}")
     left = missing(given.only)
     print(f"{len(left)} runs are missing")
     if given.list:

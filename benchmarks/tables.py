@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sweep import COMPARED
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 DIGITS = (
@@ -22,21 +24,6 @@ DIGITS = (
     ("random encoder", "linear head"),
     ("raw pixels", "logistic regression"),
 )
-COMPARISON = {
-    "5 clients, IID, FedAvg": "clients-5",
-    "centralized: one client with all images": "centralized",
-    "one of the 5 clients alone": "client-alone",
-    "2 clients": "clients-2",
-    "4 clients": "clients-4",
-    "6 clients": "clients-6",
-    "8 clients": "clients-8",
-    "10 clients": "clients-10",
-    "5 clients, Dirichlet 0.1": "dirichlet",
-    "5 clients, two classes each": "two-classes",
-    "5 clients, two classes each, FedProx": "two-classes-fedprox",
-    "5 clients, IID, FedAvgM": "fedavgm",
-    "5 clients, IID, FedAdam": "fedadam",
-}
 Results = list[dict[str, Any]]
 
 
@@ -119,7 +106,7 @@ def comparison_table() -> list[str]:
     ours = ("federated SimCLR", "linear head")
     names = ("1 % of labels", "10 %", "100 %", "kNN, 10 %", "fine-tuned, 10 %", "seeds")
     lines = head("", *names)
-    for title, name in COMPARISON.items():
+    for name, (title, _) in COMPARED.items():
         seeds = read_seeds(f"sweep/{name}")
         if not seeds:
             continue
