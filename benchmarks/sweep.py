@@ -45,6 +45,10 @@ COMPARED: dict[str, tuple[str, Sequence[str]]] = {  # title in the README, and o
         "5 clients, two classes each, FedProx",
         (*TWO_CLASSES, "strategy=fedprox"),
     ),
+    "two-a-round": (
+        "5 clients, IID, FedAvg, two of them a round",
+        ("strategy.fraction_train=0.4", "train.max_steps=80"),
+    ),
     "fedavgm": ("5 clients, IID, FedAvgM", ("strategy=fedavgm",)),
     "fedadam": ("5 clients, IID, FedAdam", ("strategy=fedadam",)),
 }

@@ -23,11 +23,13 @@ sys.path.insert(0, str(ROOT))
 from augment import make_augmentation  # noqa: E402
 from config import load_config  # noqa: E402
 from figures import INK, draw_knn, draw_loss_graph, draw_partitions, show_image  # noqa: E402
+from gather import MAIN_METRIC, draw_comparison, find_runs, gather  # noqa: E402
 from partitions import count_classes, partition_rows  # noqa: E402
 from utils import generator_for, open_image_set  # noqa: E402
 
 RECORDED_RUN = ROOT / "results" / "digits" / "seed0"
 BENCHMARK = ROOT / "results" / "cifar10_cpu" / "seed0"
+SWEEP = ROOT / "results" / "sweep"
 NT_XENT = (
     r"$\ell_{i,j} = -\log\;\frac{\exp(\mathrm{sim}(z_i, z_j)/\tau)}"
     r"{\sum_{k=1}^{2N} 1_{[k \neq i]}\,\exp(\mathrm{sim}(z_i, z_k)/\tau)}$"
@@ -89,6 +91,10 @@ def main() -> None:
     draw_loss_graph(read_metrics(RECORDED_RUN), folder / "loss_graph.png", "digits")
     draw_loss_graph(read_metrics(BENCHMARK), folder / "loss_cifar10.png", "CIFAR-10")
     draw_knn(read_metrics(BENCHMARK), folder / "knn_cifar10.png")
+    by_clients = sorted(SWEEP.glob("clients-*"))
+    if len(by_clients) > 1:
+        runs, _, _ = gather(find_runs(by_clients))
+        draw_comparison(runs, ["num_clients"], MAIN_METRIC, folder / "clients.png")
     if given.run:
         for name in ("map.png", "neighbours.png"):
             shutil.copy(given.run / "figures" / name, folder)
