@@ -6,9 +6,10 @@
 Of the 50,000 training images 4,000 are kept apart, the others are dealt out to the clients.
 After the last round linear head and kNN, both with 5,000 labels, are scored on the 4,000.
 Overrides are those of main.py; partition and strategy are always IID and FedAvg. Every trial
-is a line of results/tuning.jsonl. Lines without a commit are older: one client alone with
-9,000 images, by this script as of commit 34d44f9 or a draft of it, with flags for what
-main.py does not offer because it did not help.
+is a line of results/tuning.jsonl. Those without a commit are by drafts of this script: the
+ones with `arguments` had one client alone with 9,000 images, and flags for what main.py does
+not offer because it did not help (the script of commit 34d44f9 gives the same); the four with
+`overrides` dealt images and clients out by other random numbers.
 """
 
 import argparse
