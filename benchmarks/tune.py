@@ -8,7 +8,7 @@ After the last round linear head and kNN, both with 5,000 labels, are scored on 
 Overrides are those of main.py; partition and strategy are always IID and FedAvg. Every trial
 is a line of results/tuning.jsonl. Those without a commit are by drafts of this script: the
 ones with `arguments` had one client alone with 9,000 images, and flags for what main.py does
-not offer because it did not help (the script of commit 34d44f9 gives the same); the four with
+not offer because it did not help (the script of commit 34d44f9 gives the same); the five with
 `overrides` dealt images and clients out by other random numbers.
 """
 
