@@ -277,7 +277,7 @@ def test_a_node_that_dies_is_left_out_and_taken_back(place):
     overrides += [f"output_dir={place.outputs}", f"cache_dir={place.folder}/cache"]
     run_config = f'hydra-overrides="{" ".join(overrides)}"'
     place.start("server", "flwr", "run", ".", "two-sites", "--stream", "--run-config", run_config)
-    place.wait_for("server", "configure_train", 180)
+    place.wait_for("server", "configure_train", 60)
     place.kill("client2")
     place.client(2)
     place.wait_for("server", "without client 1: no reply within 30 s", 90)

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 
 import pytest
+import sweep
 import tables
 from conftest import ROOT
 
@@ -130,6 +131,25 @@ def test_the_readmes_tables_are_those_of_the_recorded_runs():
     headline = README.partition("## Start")[0]
     for number in (ours, random_encoder.split()[0], pixels.split()[0]):
         assert f"{number.strip()} %" in headline, f"the headline lacks: {number} %"
+
+
+@pytest.mark.parametrize("name", [name for name in sweep.COMPARED if name != "client-alone"])
+def test_the_clients_of_a_comparison_take_the_same_steps_together(name):
+    config = load_config("config", sweep.RUNS[f"sweep/{name}"])
+    sampled = max(1, int(config.strategy.fraction_train * config.num_clients))
+    steps = config.train.max_steps
+    assert 160 <= sampled * steps <= 162
+    images = 50_000 / config.num_clients * (1 - config.held_out)
+    # so that no round is cut short by the end of its epochs
+    assert steps <= images * config.train.local_epochs / config.train.batch_size
+
+
+def test_the_sweep_refuses_a_run_that_it_does_not_know(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["sweep.py", "--list", "--only", "clients-2"])
+    with pytest.raises(SystemExit) as exit_:
+        sweep.main()
+    assert exit_.value.code == 2
+    assert "--only=clients-2: there are" in capsys.readouterr().err
 
 
 def test_a_table_tells_mean_and_spread_of_what_is_recorded(tmp_path, monkeypatch):
