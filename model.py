@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import ResNet, resnet18, resnet50
 
+from convolution import Conv3x3
+
 ENCODERS = {"resnet18": resnet18, "resnet50": resnet50}
 STEMS = ("auto", "conv3x3_stride1", "conv3x3_stride2", "imagenet")
 
@@ -54,28 +56,6 @@ def make_encoder(architecture: str, stem: str) -> ResNet:
             if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3) and layer.groups == 1:
                 setattr(block, name, Conv3x3.of(layer))
     return encoder
-
-
-class Conv3x3(nn.Conv2d):
-    """A padded 3x3 convolution that leaves out taps which would only see padding.
-
-    Small images end as a single pixel long before the last layer; there eight of
-    nine taps multiply zeros. The result is that of `nn.Conv2d`.
-    """
-
-    @classmethod
-    def of(cls, conv: nn.Conv2d) -> "Conv3x3":
-        """Take over a convolution and its weights."""
-        new = cls(conv.in_channels, conv.out_channels, 3, conv.stride, 1, bias=False)
-        new.weight = conv.weight
-        return new
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Convolve images (B, C, H, W)."""
-        height, width = images.shape[-2:]
-        if height > self.stride[0] or width > self.stride[1]:
-            return super().forward(images)
-        return F.conv2d(images, self.weight[:, :, 1 : 1 + height, 1 : 1 + width])
 
 
 class Encoder(nn.Module):

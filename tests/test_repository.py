@@ -16,7 +16,7 @@ from embed import name_folder
 
 # Who may import whom: a module imports only from lower levels, never its own.
 LEVELS = [
-    {"environment", "errors", "health", "terminal"},
+    {"convolution", "environment", "errors", "health", "muon", "terminal"},
     {"augment", "config", "display", "files", "link", "model", "nodes", "resources", "sources"}
     | {"wire"},
     {"answers", "certificates", "checkpoints", "encoder", "features", "launch_checks", "training"}
