@@ -70,6 +70,8 @@ RANGES: dict[str, tuple] = {
     "train.max_steps": (0, inf),
     "train.learning_rate": POSITIVE,
     "train.momentum": (0, 0.9999),
+    "train.muon_learning_rate": POSITIVE,
+    "train.muon_momentum": (0, 0.9999),
     "train.weight_decay": (0, inf),
     "train.temperature": POSITIVE,
     "augment.flip": PROBABILITY,
@@ -136,6 +138,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "partition.class_assignment_mode": ("deterministic", "first-deterministic", "random"),
     "model.encoder": ("resnet18", "resnet50"),
     "model.stem": ("auto", "conv3x3_stride1", "conv3x3_stride2", "imagenet"),
+    "train.optimizer": ("sgd", "muon"),
     "mode": ("linear", "finetune", "supervised"),
 }
 

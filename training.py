@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Generator, Tensor
+from torch.optim import Optimizer
 
 from augment import Augmentation
 from health import measure_health
 from model import SimCLR, nt_xent
+from muon import Muon
 
 HEALTH_IMAGES = 512  # the effective rank depends on how many images it is measured on
 DEVICE_SHARE = 0.1  # of a GPU's free memory, which the images may take
@@ -26,17 +28,23 @@ class Optimization:
         local_epochs: passes over the client's images.
         batch_size: images per step; a smaller client uses the batch it can fill.
         max_steps: steps of a round at most, 0 for no limit.
-        learning_rate: peak rate at `batch_size`, scaled linearly to a smaller batch.
+        optimizer: "sgd" for all weights, or "muon" for the convolutions behind the first
+            and SGD for the others.
+        learning_rate: SGD's peak rate at `batch_size`, scaled linearly to a smaller batch.
         momentum, weight_decay: of SGD.
+        muon_learning_rate, muon_momentum: of Muon, the rate in the same way.
         temperature: of NT-Xent.
     """
 
     local_epochs: int
     batch_size: int
     max_steps: int
+    optimizer: str
     learning_rate: float
     momentum: float
     weight_decay: float
+    muon_learning_rate: float
+    muon_momentum: float
     temperature: float
 
 
@@ -52,6 +60,21 @@ class TrainResult:
 def make_optimization(spec: Mapping[str, Any]) -> Optimization:
     """Build the settings of the `train` section."""
     return Optimization(**{field.name: spec[field.name] for field in fields(Optimization)})
+
+
+def make_optimizers(model: SimCLR, settings: Optimization) -> list[Optimizer]:
+    """Build what moves the weights, at the peak of the learning rates."""
+    muon, others = [], []
+    for weight in model.parameters():
+        inner = weight.dim() == 4 and weight is not model.encoder.conv1.weight
+        (muon if inner and settings.optimizer == "muon" else others).append(weight)
+    rate, momentum, decay = settings.learning_rate, settings.momentum, settings.weight_decay
+    optimizers: list[Optimizer] = [
+        torch.optim.SGD(others, rate, momentum=momentum, weight_decay=decay)
+    ]
+    if muon:
+        optimizers.append(Muon(muon, settings.muon_learning_rate, settings.muon_momentum))
+    return optimizers
 
 
 def hold_images(pixels: np.ndarray, device: torch.device) -> np.ndarray | Tensor:
@@ -112,10 +135,8 @@ def local_train(
     batches_per_epoch = len(indices) // batch_size
     steps = settings.local_epochs * batches_per_epoch
     steps = min(steps, settings.max_steps) if settings.max_steps else steps
-    peak = settings.learning_rate * batch_size / settings.batch_size
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=peak, momentum=settings.momentum, weight_decay=settings.weight_decay
-    )
+    optimizers = make_optimizers(model, settings)
+    share = batch_size / settings.batch_size
     anchor = [p.detach().clone() for p in model.parameters()] if proximal_mu > 0 else []
     model.train()
     losses = torch.zeros(steps, device=device)
@@ -127,14 +148,14 @@ def local_train(
         rows = order[place * batch_size : (place + 1) * batch_size]
         batch = take_images(images, rows, device)
         progress = run_part[0] + (run_part[1] - run_part[0]) * step / steps
-        optimizer.param_groups[0]["lr"] = peak * cosine(progress)
-        losses[step] = _step(
-            model, batch, augmentation, optimizer, settings.temperature, generator, dtype
-        )
+        losses[step] = _step(model, batch, augmentation, settings.temperature, generator, dtype)
         if anchor:
             _pull(model, anchor, proximal_mu)
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)  # the model outlives the round, gradients need not
+        for optimizer in optimizers:
+            (group,) = optimizer.param_groups
+            group["lr"] = optimizer.defaults["lr"] * share * cosine(progress)
+            optimizer.step()
+    model.zero_grad(set_to_none=True)  # the model outlives the round, gradients need not
     loss = float(losses.mean())
     if not math.isfinite(loss):
         raise FloatingPointError(f"the training loss became {loss}; lower train.learning_rate")
@@ -146,7 +167,6 @@ def _step(
     model: SimCLR,
     batch: Tensor,
     augmentation: Augmentation,
-    optimizer: torch.optim.Optimizer,
     temperature: float,
     generator: Generator,
     dtype: torch.dtype,
@@ -156,7 +176,7 @@ def _step(
     with torch.autocast(batch.device.type, dtype=dtype, enabled=dtype != torch.float32):
         projections = model(views)
     loss = nt_xent(projections, temperature)
-    optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     loss.backward()
     return loss.detach()
 

@@ -8,7 +8,15 @@ from augment import make_augmentation, view_size
 from config import CONF, load_config
 from features import extract_features, knn_accuracy
 from model import build_model
-from training import Optimization, cosine, hold_images, local_loss, local_train, make_optimization
+from training import (
+    Optimization,
+    cosine,
+    hold_images,
+    local_loss,
+    local_train,
+    make_optimization,
+    make_optimizers,
+)
 from utils import choose_dtype, generator_for
 
 CPU = torch.device("cpu")
@@ -20,9 +28,12 @@ def settings():
         local_epochs=1,
         batch_size=32,
         max_steps=0,
+        optimizer="sgd",
         learning_rate=0.05,
         momentum=0.9,
         weight_decay=5e-4,
+        muon_learning_rate=0.05,
+        muon_momentum=0.95,
         temperature=0.5,
     )
 
@@ -207,3 +218,22 @@ def test_bfloat16_learns_as_well_as_float32(train, digits):
         found[dtype] = knn_accuracy(*parts, neighbors=10)
         assert all(p.dtype == torch.float32 for p in model.parameters())
     assert found[torch.bfloat16] == pytest.approx(found[torch.float32], abs=0.03)
+
+
+def test_muon_moves_the_inner_convolutions_and_sgd_all_else(config, settings):
+    model = build_model(config.model, config.dataset, 0, CPU)
+    (sgd,) = make_optimizers(model, settings)
+    assert len(sgd.param_groups[0]["params"]) == len(list(model.parameters()))
+    sgd, muon = make_optimizers(model, replace(settings, optimizer="muon"))
+    convolutions = {m.weight for m in model.modules() if isinstance(m, torch.nn.Conv2d)}
+    assert set(muon.param_groups[0]["params"]) == convolutions - {model.encoder.conv1.weight}
+    both = [*sgd.param_groups[0]["params"], *muon.param_groups[0]["params"]]
+    assert sorted(map(id, both)) == sorted(map(id, model.parameters()))
+
+
+def test_muon_learns_more_than_sgd_in_few_steps(config, digits, train):
+    losses = {
+        name: held_out_loss(config, digits, train(count=192, local_epochs=3, optimizer=name)[0])
+        for name in ("sgd", "muon")
+    }
+    assert losses["muon"] < losses["sgd"]

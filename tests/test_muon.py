@@ -1,0 +1,52 @@
+import pytest
+import torch
+from torch import nn
+
+from muon import Muon, orthogonalize
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 50), (50, 8)])
+def test_singular_values_come_near_one_and_directions_stay(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    found = orthogonalize(1000 * matrix)  # the scale does not matter
+    turned = left.T @ found @ right.T
+    torch.testing.assert_close(turned, torch.diag(turned.diag()), rtol=0, atol=1e-4)
+    likely = turned.diag()[values > 0.03 * values.norm()]
+    assert len(likely) >= 7
+    assert likely.min() > 0.6
+    assert turned.diag().max() < 1.25
+
+
+def test_columns_that_nothing_reaches_stay_zero_and_cost_nothing():
+    matrix = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    sparse = torch.zeros(4, 12)
+    sparse[:, ::2] = matrix
+    found = orthogonalize(sparse)
+    assert torch.equal(found[:, 1::2], torch.zeros(4, 6))
+    torch.testing.assert_close(found[:, ::2], orthogonalize(matrix))
+
+
+def test_a_gradient_of_zeros_moves_nothing():
+    assert torch.equal(orthogonalize(torch.zeros(3, 5)), torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "scale"), [(6, 2, 3), (2, 6, 1)])
+def test_a_step_is_of_the_given_length_in_every_direction(outputs, inputs, scale):
+    weight = nn.Parameter(torch.zeros(outputs, inputs, 1, 1))
+    weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    Muon([weight], lr=0.1).step()
+    expected = -0.1 * scale**0.5 * orthogonalize(weight.grad.flatten(1))
+    torch.testing.assert_close(weight.detach().flatten(1), expected)
+
+
+def test_momentum_remembers_and_weights_without_gradient_stay():
+    moved, still = (nn.Parameter(torch.zeros(3, 3, 3, 3)) for _ in range(2))
+    optimizer = Muon([moved, still], lr=0.1, momentum=0.5)
+    moved.grad = torch.randn(moved.shape, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    before = moved.detach().clone()
+    moved.grad = torch.zeros_like(moved)
+    optimizer.step()
+    assert not torch.equal(moved, before)
+    assert torch.equal(still, torch.zeros_like(still))
