@@ -109,6 +109,8 @@ WHOLE_NUMBERS: dict[str, tuple[int, float]] = {
     "participants": (0, inf),
     "train.view_sizes": (4, 4096),
 }
+# Lists of any length: the items there are.
+NAMES: dict[str, tuple[str, ...]] = {"model.deep_supervision": ("layer1", "layer2", "layer3")}
 # Types of the values whose default is null.
 NULLABLE: dict[str, tuple[type, ...]] = {
     "min_nodes": (int,),
@@ -122,6 +124,8 @@ NULLABLE: dict[str, tuple[type, ...]] = {
     "folder": (str,),
     "encoder": (str,),
     "neighbours": (str,),
+    "learning_rate": (int, float),
+    "weight_decay": (int, float),
     "dataset.name": (str,),
     "dataset.hub_name": (str,),
     "dataset.path": (str,),
@@ -296,6 +300,8 @@ def _check_value(key: str, value: Any, default: Any) -> None:
     if isinstance(value, list):
         if key in WHOLE_NUMBERS:
             _check_whole_numbers(key, value, *WHOLE_NUMBERS[key])
+        elif key in NAMES:
+            _check_names(key, value, NAMES[key])
         else:
             _check_list(key, value, len(default))
     if short in RANGES:
@@ -316,6 +322,12 @@ def _check_whole_numbers(key: str, value: list[Any], low: int, high: float) -> N
     if not all(type(item) is int and low <= item <= high for item in value):
         bound = f"{low} to {high}" if high < inf else f"from {low} on"
         raise UserError(f"{key}={value}: must be a list of whole numbers, {bound}")
+
+
+def _check_names(key: str, value: list[Any], known: tuple[str, ...]) -> None:
+    for item in value:
+        if item not in known:
+            raise UserError(f"{key}={value}: no {item}; {nearest(str(item), known)}")
 
 
 def _types_like(default: Any) -> tuple[type, ...]:

@@ -103,6 +103,7 @@ def winograd(images: Tensor, weight: Tensor) -> Tensor:
 
 
 @functools.lru_cache
+@torch.inference_mode(False)  # whoever comes first, gradients may follow
 def minimal_filtering(side: int, dtype: torch.dtype) -> Filtering:
     """Find the filtering of `side` values between two zeros, of the padding.
 

@@ -15,6 +15,7 @@ from torchvision.models import ResNet, resnet18, resnet50
 from convolution import Conv3x3
 
 ENCODERS = {"resnet18": resnet18, "resnet50": resnet50}
+STAGES = ("layer1", "layer2", "layer3", "layer4")
 STEMS = ("auto", "conv3x3_stride1", "conv3x3_stride2", "imagenet")
 
 
@@ -81,8 +82,24 @@ class Encoder(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Encode images (B, 3, H, W) in [0, 1] to features (B, feature_size)."""
+        return self.encoder(self._normalize(images))
+
+    def stages(self, images: Tensor) -> dict[str, Tensor]:
+        """Encode images to the mean over the map of each stage, (B, width); layer4's are features.
+
+        Widths are 64, 128, 256 and 512, four times that in a ResNet-50.
+        """
+        network, pooled = self.encoder, {}
+        maps = network.relu(network.bn1(network.conv1(self._normalize(images))))
+        maps = network.maxpool(maps)
+        for name in STAGES:
+            maps = getattr(network, name)(maps)
+            pooled[name] = network.avgpool(maps).flatten(1)
+        return pooled
+
+    def _normalize(self, images: Tensor) -> Tensor:
         normalized = (images - self.mean) / self.std
-        return self.encoder(normalized.contiguous(memory_format=torch.channels_last))
+        return normalized.contiguous(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode images, as `features` does."""
@@ -90,7 +107,11 @@ class Encoder(nn.Module):
 
 
 class SimCLR(Encoder):
-    """An encoder and the projection head that only the loss sees."""
+    """An encoder and the projection heads that only the loss sees.
+
+    With deep supervision (Lee et al., https://arxiv.org/abs/1409.5185) earlier stages have
+    heads and losses of their own, so that they learn from the first step on.
+    """
 
     def __init__(
         self,
@@ -100,24 +121,40 @@ class SimCLR(Encoder):
         projection_size: int,
         mean: Sequence[float],
         std: Sequence[float],
+        deep_supervision: Sequence[str] = (),
     ) -> None:
-        """Build both parts at random initialization.
+        """Build all parts at random initialization.
 
         Args:
             architecture, stem, mean, std: see `Encoder`.
-            projection_hidden, projection_size: widths of the two-layer head.
+            projection_hidden, projection_size: widths of the two-layer heads.
+            deep_supervision: names of earlier stages with heads of their own.
         """
         super().__init__(architecture, stem, mean, std)
-        self.projection_head = nn.Sequential(
-            nn.Linear(self.feature_size, projection_hidden, bias=False),
-            nn.BatchNorm1d(projection_hidden),
-            nn.ReLU(inplace=True),
-            nn.Linear(projection_hidden, projection_size),
-        )
+        sizes = projection_hidden, projection_size
+        self.projection_head = make_head(self.feature_size, *sizes)
+        widths = {name: self.feature_size >> 3 - STAGES.index(name) for name in deep_supervision}
+        self.deep_heads = nn.ModuleDict({n: make_head(w, *sizes) for n, w in widths.items()})
 
     def forward(self, views: Tensor) -> Tensor:
         """Project views (B, 3, H, W) in [0, 1] to the loss's space (B, projection_size)."""
         return self.projection_head(self.features(views))
+
+    def project_stages(self, views: Tensor) -> list[Tensor]:
+        """Project views to what `forward` gives, and beside it those of each deep head."""
+        stages = self.stages(views)
+        deep = [head(stages[name]) for name, head in self.deep_heads.items()]
+        return [self.projection_head(stages[STAGES[-1]]), *deep]
+
+
+def make_head(features: int, hidden: int, size: int) -> nn.Sequential:
+    """Build a projection head from features (B, features) to projections (B, size)."""
+    return nn.Sequential(
+        nn.Linear(features, hidden, bias=False),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, size),
+    )
 
 
 def build_model(
@@ -139,6 +176,7 @@ def build_model(
             model["projection_size"],
             dataset["mean"],
             dataset["std"],
+            model["deep_supervision"],
         )
     return built.to(device, memory_format=torch.channels_last)
 

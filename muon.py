@@ -13,33 +13,33 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 A, B, C = 3.4445, -4.7750, 2.0315
-ITERATIONS = 5
+ITERATIONS = 3  # of five that its authors take: as good here, and a tenth of a step less
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """Bring the singular values of a float matrix (M, N) near one, between 0.7 and 1.2.
+    """Bring the singular values of a float matrix (M, N) near one, between 0.6 and 1.2.
 
     Newton-Schulz, X <- (a + b X X' + c (X X')^2) X, on the smaller Gram matrix alone, so
-    that the long side counts twice and not with every iteration. Very small singular
-    values stay below; columns of zeros stay zeros.
+    that the long side counts twice and not with every iteration. Singular values below a
+    fiftieth of the matrix' norm stay smaller.
     """
     wide = matrix if len(matrix) <= matrix.shape[1] else matrix.T
-    used = (wide != 0).any(dim=0)  # of small images, some taps of a convolution see nothing
-    result = torch.zeros_like(wide)
-    result[:, used] = _whiten(wide[:, used])
-    return result if wide is matrix else result.T
-
-
-def _whiten(wide: Tensor) -> Tensor:
-    """Do the iterations on a matrix (M, N) whose Gram matrix (M, M) is the smaller one."""
     wide = wide / (wide.norm() + 1e-7)
     gram = wide @ wide.T
-    product = identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    for _ in range(ITERATIONS):
-        factor = A * identity + B * gram + C * (gram @ gram)
-        product = factor @ product
+    product = factor = _polynomial(gram)
+    for _ in range(ITERATIONS - 1):
         gram = factor @ gram @ factor
-    return product @ wide
+        factor = _polynomial(gram)
+        product = factor @ product
+    result = product @ wide
+    return result if len(matrix) <= matrix.shape[1] else result.T
+
+
+def _polynomial(gram: Tensor) -> Tensor:
+    """Compute a + b G + c G^2."""
+    result = torch.addmm(gram, gram, gram, beta=B, alpha=C)
+    result.diagonal().add_(A)
+    return result
 
 
 class Muon(Optimizer):
@@ -72,7 +72,14 @@ class Muon(Optimizer):
         if not state:
             state["velocity"] = torch.zeros_like(weight)
         velocity = state["velocity"].mul_(momentum).add_(weight.grad)
-        ahead = weight.grad.add(velocity, alpha=momentum).flatten(1)
-        outputs, inputs = ahead.shape
-        step = orthogonalize(ahead).reshape(weight.shape)
-        weight.sub_(step, alpha=lr * max(1, outputs / inputs) ** 0.5)
+        ahead, taps = (_taps_inside(w) for w in (weight.grad.add(velocity, alpha=momentum), weight))
+        used = ahead.abs().sum((0, 3)) > 0  # on small maps outer taps only see padding
+        where = slice(None) if used.all() else (slice(None), used)
+        direction = ahead[where]
+        step = orthogonalize(direction.flatten(1)).reshape(direction.shape)
+        taps[where] -= lr * max(1, len(weight) / weight[0].numel()) ** 0.5 * step
+
+
+def _taps_inside(weight: Tensor) -> Tensor:
+    """View a weight as (O, H, W, I), which in channels-last memory is its order."""
+    return weight.permute(0, 2, 3, 1) if weight.dim() == 4 else weight[:, None, None]

@@ -298,6 +298,9 @@ def prepare(settings: DictConfig) -> tuple[RunDirectory, DictConfig, ImageSet, P
     run, checkpoint = find_checkpoint(settings)
     config = run.load_config()
     config.precision = settings.precision
+    for key in ("learning_rate", "weight_decay"):
+        if settings[key] is None:
+            settings[key] = config.eval[key]
     choose_images(config, settings)
     load_trained(config, checkpoint, choose_device())
     report = make_report(settings.quiet)

@@ -28,8 +28,8 @@ class Optimization:
         local_epochs: passes over the client's images.
         batch_size: images per step; a smaller client uses the batch it can fill.
         max_steps: steps of a round at most, 0 for no limit.
-        optimizer: "sgd" for all weights, or "muon" for the convolutions behind the first
-            and SGD for the others.
+        optimizer: "sgd" for all weights, or "muon" for all matrices and convolutions behind
+            the first and SGD for the others.
         learning_rate: SGD's peak rate at `batch_size`, scaled linearly to a smaller batch.
         momentum, weight_decay: of SGD.
         muon_learning_rate, muon_momentum: of Muon, the rate in the same way.
@@ -66,7 +66,7 @@ def make_optimizers(model: SimCLR, settings: Optimization) -> list[Optimizer]:
     """Build what moves the weights, at the peak of the learning rates."""
     muon, others = [], []
     for weight in model.parameters():
-        inner = weight.dim() == 4 and weight is not model.encoder.conv1.weight
+        inner = weight.dim() > 1 and weight is not model.encoder.conv1.weight
         (muon if inner and settings.optimizer == "muon" else others).append(weight)
     rate, momentum, decay = settings.learning_rate, settings.momentum, settings.weight_decay
     optimizers: list[Optimizer] = [
@@ -171,13 +171,17 @@ def _step(
     generator: Generator,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Compute the gradients of one batch, uint8 (B, 3, H, W); return its loss."""
+    """Compute the gradients of one batch, uint8 (B, 3, H, W); return the loss of the last stage.
+
+    The losses of all deep heads together count as much.
+    """
     views = augmentation.two_views(batch, generator)
     with torch.autocast(batch.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        projections = model(views)
-    loss = nt_xent(projections, temperature)
+        projections = model.project_stages(views)
+    loss, *deep = (nt_xent(some, temperature) for some in projections)
+    total = loss + torch.stack(deep).mean() if deep else loss
     model.zero_grad(set_to_none=True)
-    loss.backward()
+    total.backward()
     return loss.detach()
 
 

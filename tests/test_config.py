@@ -106,6 +106,9 @@ def test_a_dataset_brings_its_views_and_optimization():
 def test_main_and_test_share_the_protocol():
     own = flatten(load_config("test", []))
     shared = flatten(load_config("config", []).eval)
+    for key in ("learning_rate", "weight_decay"):  # as the run's
+        assert own.pop(key) is None
+        del shared[key]
     assert shared.items() <= own.items()
 
 
@@ -121,6 +124,7 @@ def test_main_and_test_share_the_protocol():
         ("learning_rate=1", "did you mean"),
         ("num_clients=0", "num_clients=0: must be at least 1"),
         ("participants=[x]", "participants=['x']: must be a list of whole numbers, from 0 on"),
+        ("model.deep_supervision=[layer5]", "no layer5; did you mean layer3?"),
         ("train.view_sizes=[2]", "must be a list of whole numbers, 4 to 4096"),
         ("train.encode_size=9", "the images have 8 pixels; at most these"),
         ("experiment=cifar", "did you mean cifar10_"),

@@ -82,3 +82,13 @@ def test_only_batches_in_float32_take_winograds_way(monkeypatch):
     assert taken == []
     conv(images)
     assert taken == [(MIN_BATCH, 8, 4, 4)]
+
+
+def test_training_may_follow_inference():
+    minimal_filtering.cache_clear()
+    conv = Conv3x3(8, 8, 3, 1, 1, bias=False)
+    images = torch.randn(MIN_BATCH, 8, 4, 4)
+    with torch.inference_mode():
+        conv(images)
+    conv(images).sum().backward()
+    assert conv.weight.grad is not None

@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def settings():
-    return load_config("test", ["epochs=5"])
+    return load_config("test", ["epochs=5", "learning_rate=0.03", "weight_decay=0.1"])
 
 
 @pytest.fixture

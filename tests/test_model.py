@@ -86,6 +86,19 @@ def test_the_encoder_has_torchvisions_names(architecture, features):
     assert network(images).shape == (2, 32)
 
 
+@pytest.mark.parametrize("architecture", ["resnet18", "resnet50"])
+def test_deep_heads_project_earlier_stages(architecture):
+    deep = ["layer1", "layer3"]
+    network = SimCLR(architecture, "conv3x3_stride2", 64, 32, [0.5] * 3, [0.5] * 3, deep).eval()
+    views = torch.rand(4, 3, 32, 32)
+    last, *others = network.project_stages(views)
+    torch.testing.assert_close(last, network(views))
+    assert [other.shape for other in others] == [(4, 32)] * 2
+    torch.testing.assert_close(network.stages(views)["layer4"], network.features(views))
+    (third,) = [network.deep_heads["layer3"](network.stages(views)["layer3"])]
+    torch.testing.assert_close(others[1], third)
+
+
 @pytest.mark.parametrize("size", [8, 32])
 def test_the_encoder_computes_what_torchvisions_does(size):
     ours = make_encoder("resnet18", "imagenet")

@@ -12,19 +12,24 @@ def test_singular_values_come_near_one_and_directions_stay(shape):
     found = orthogonalize(1000 * matrix)  # the scale does not matter
     turned = left.T @ found @ right.T
     torch.testing.assert_close(turned, torch.diag(turned.diag()), rtol=0, atol=1e-4)
-    likely = turned.diag()[values > 0.03 * values.norm()]
+    likely = turned.diag()[values > 0.02 * values.norm()]
     assert len(likely) >= 7
     assert likely.min() > 0.6
     assert turned.diag().max() < 1.25
 
 
-def test_columns_that_nothing_reaches_stay_zero_and_cost_nothing():
-    matrix = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-    sparse = torch.zeros(4, 12)
-    sparse[:, ::2] = matrix
-    found = orthogonalize(sparse)
-    assert torch.equal(found[:, 1::2], torch.zeros(4, 6))
-    torch.testing.assert_close(found[:, ::2], orthogonalize(matrix))
+def test_taps_that_nothing_reaches_stay_and_cost_nothing(monkeypatch):
+    shapes = []
+    monkeypatch.setattr("muon.orthogonalize", lambda m: shapes.append(m.shape) or orthogonalize(m))
+    inner, whole = nn.Parameter(torch.ones(4, 6, 1, 1)), nn.Parameter(torch.ones(4, 6, 3, 3))
+    inner.grad = torch.randn(4, 6, 1, 1, generator=torch.Generator().manual_seed(0))
+    whole.grad = torch.zeros_like(whole)
+    whole.grad[:, :, 1, 1] = inner.grad[:, :, 0, 0]
+    Muon([inner, whole], lr=0.1).step()
+    assert shapes == [(4, 6), (4, 6)]
+    torch.testing.assert_close(whole[:, :, 1, 1], inner[:, :, 0, 0])
+    whole.data[:, :, 1, 1] = 1
+    assert torch.equal(whole, torch.ones_like(whole))
 
 
 def test_a_gradient_of_zeros_moves_nothing():
@@ -36,7 +41,7 @@ def test_a_step_is_of_the_given_length_in_every_direction(outputs, inputs, scale
     weight = nn.Parameter(torch.zeros(outputs, inputs, 1, 1))
     weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
     Muon([weight], lr=0.1).step()
-    expected = -0.1 * scale**0.5 * orthogonalize(weight.grad.flatten(1))
+    expected = -0.1 * scale**0.5 * orthogonalize((1.95 * weight.grad).flatten(1))
     torch.testing.assert_close(weight.detach().flatten(1), expected)
 
 

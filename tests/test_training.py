@@ -220,13 +220,14 @@ def test_bfloat16_learns_as_well_as_float32(train, digits):
     assert found[torch.bfloat16] == pytest.approx(found[torch.float32], abs=0.03)
 
 
-def test_muon_moves_the_inner_convolutions_and_sgd_all_else(config, settings):
+def test_muon_moves_the_inner_weights_and_sgd_all_else(config, settings):
     model = build_model(config.model, config.dataset, 0, CPU)
     (sgd,) = make_optimizers(model, settings)
     assert len(sgd.param_groups[0]["params"]) == len(list(model.parameters()))
     sgd, muon = make_optimizers(model, replace(settings, optimizer="muon"))
-    convolutions = {m.weight for m in model.modules() if isinstance(m, torch.nn.Conv2d)}
-    assert set(muon.param_groups[0]["params"]) == convolutions - {model.encoder.conv1.weight}
+    layers = (torch.nn.Conv2d, torch.nn.Linear)
+    weights = {layer.weight for layer in model.modules() if isinstance(layer, layers)}
+    assert set(muon.param_groups[0]["params"]) == weights - {model.encoder.conv1.weight}
     both = [*sgd.param_groups[0]["params"], *muon.param_groups[0]["params"]]
     assert sorted(map(id, both)) == sorted(map(id, model.parameters()))
 
@@ -237,3 +238,33 @@ def test_muon_learns_more_than_sgd_in_few_steps(config, digits, train):
         for name in ("sgd", "muon")
     }
     assert losses["muon"] < losses["sgd"]
+
+
+def test_deep_supervision_reports_the_last_stages_loss_and_trains_every_head(
+    config, digits, settings
+):
+    results, heads = [], []
+    for deep in ([], ["layer1", "layer2"]):
+        config.model.deep_supervision = deep
+        model = build_model(config.model, config.dataset, 0, CPU)
+        heads.append({n: p.detach().clone() for n, p in model.deep_heads.named_parameters()})
+        one_step = replace(settings, max_steps=1)
+        results.append(
+            local_train(
+                model,
+                digits.train.pixels,
+                np.arange(32),
+                make_augmentation(config.augment, 8),
+                one_step,
+                run_part=(0, 1),
+                proximal_mu=0.0,
+                generator=generator_for(0, "test"),
+                device=CPU,
+                dtype=torch.float32,
+            )
+        )
+    assert results[0].loss == pytest.approx(results[1].loss)
+    after = dict(model.deep_heads.named_parameters())
+    assert {name.partition(".")[0] for name in after} == {"layer1", "layer2"}
+    moved = [n for n, start in heads[1].items() if not torch.equal(after[n], start)]
+    assert {f"{stage}.0.weight" for stage in ("layer1", "layer2")} <= set(moved)
