@@ -36,7 +36,7 @@ from model import build_model
 from nodes import Nodes
 from partitions import open_partitions, split_held_out
 from report import write_report
-from resources import ClientResources, find_machines, plan_resources
+from resources import ClientResources, clients_per_round, find_machines, plan_resources
 from resume import check_continuation, find_run, reopen, with_earlier_overrides
 from rundir import RunDirectory
 from server import Federation
@@ -58,7 +58,7 @@ def prepare(config: DictConfig) -> tuple[ClientResources, ImageSet]:
         UserError: the first thing that is wrong.
     """
     resources = plan_resources(
-        config.num_clients,
+        clients_per_round(config.num_clients, config.strategy.get("fraction_train", 1.0)),
         config.num_cpus,
         config.num_gpus,
         find_machines(config.ray_address),

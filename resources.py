@@ -89,12 +89,18 @@ def _join_cluster(address: str) -> None:
         raise UserError(f"ray_address={address}: can't be joined ({reason}); {advice}") from error
 
 
+def clients_per_round(num_clients: int, fraction: float) -> int:
+    """Count the clients that Flower samples for a round of training."""
+    return max(1, int(fraction * num_clients))
+
+
 def plan_resources(
     num_clients: int, num_cpus: int | None, num_gpus: float | None, machines: Sequence[Machine]
 ) -> ClientResources:
     """Share the machines among the clients; no client spans two.
 
     Args:
+        num_clients: those that train in a round.
         num_cpus: cores per client process; None divides the cores evenly.
         num_gpus: GPU share per client process; None gives each GPU one client.
 

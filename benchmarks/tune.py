@@ -34,7 +34,7 @@ from config import load_config  # noqa: E402
 from features import extract_features, knn_accuracy  # noqa: E402
 from heads import draw_labelled, train_linear_head  # noqa: E402
 from model import SimCLR, build_model  # noqa: E402
-from resources import count_cores  # noqa: E402
+from resources import clients_per_round, count_cores  # noqa: E402
 from rundir import provenance  # noqa: E402
 from training import TrainResult, local_train, make_optimization  # noqa: E402
 from utils import Images, choose_device, choose_dtype, generator_for, open_image_set  # noqa: E402
@@ -63,7 +63,7 @@ def train_round(
     model: SimCLR, pixels: np.ndarray, parts: list[np.ndarray], config: DictConfig, number: int
 ) -> list[TrainResult]:
     """Train the sampled clients one after the other; the model becomes their mean."""
-    sampled = max(1, int(config.strategy.fraction_train * len(parts)))
+    sampled = clients_per_round(len(parts), config.strategy.fraction_train)
     chosen = np.random.default_rng((config.seed, number)).permutation(len(parts))[:sampled]
     device, rounds = choose_device(), config.num_rounds
     size = view_size(config.train.view_sizes, config.dataset.image_size, number, rounds)

@@ -13,6 +13,7 @@ from conftest import ROOT
 
 from config import flags_to_overrides, load_config
 from embed import name_folder
+from resources import clients_per_round
 
 # Who may import whom: a module imports only from lower levels, never its own.
 LEVELS = [
@@ -136,7 +137,7 @@ def test_the_readmes_tables_are_those_of_the_recorded_runs():
 @pytest.mark.parametrize("name", [name for name in sweep.COMPARED if name != "client-alone"])
 def test_the_clients_of_a_comparison_take_the_same_steps_together(name):
     config = load_config("config", sweep.RUNS[f"sweep/{name}"])
-    sampled = max(1, int(config.strategy.fraction_train * config.num_clients))
+    sampled = clients_per_round(config.num_clients, config.strategy.fraction_train)
     steps = config.train.max_steps
     assert 160 <= sampled * steps <= 162
     images = 50_000 / config.num_clients * (1 - config.held_out)

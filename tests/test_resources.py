@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from errors import UserError
-from resources import Machine, find_machines, plan_resources
+from resources import Machine, clients_per_round, find_machines, plan_resources
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,13 @@ def test_no_client_spans_two_machines(asked, expected):
     machines = [Machine(8, 1), Machine(4, 0), Machine(4, 1)]
     plan = plan_resources(*asked, machines)
     assert (plan.num_cpus, plan.num_gpus, plan.at_a_time) == expected
+
+
+@pytest.mark.parametrize(
+    ("clients", "fraction", "expected"), [(5, 1.0, 5), (5, 0.4, 2), (5, 0.1, 1), (1000, 0.01, 10)]
+)
+def test_a_share_of_the_clients_trains_in_a_round(clients, fraction, expected):
+    assert clients_per_round(clients, fraction) == expected
 
 
 @pytest.mark.parametrize("address", ["here", "here:x", "127.0.0.1:70000"])
