@@ -10,7 +10,15 @@ is a line of results/tuning.jsonl. Those without a commit are by drafts of this 
 ones with `arguments` had one client alone with 9,000 images, and flags for what main.py does
 not offer because it did not help (the script of commit 34d44f9 gives the same); the five with
 `overrides` dealt images and clients out by other random numbers, and their losses are means of
-the last 20 steps of a round instead of all.
+the last 20 steps of a round instead of all; the ones with `arguments_of_a_draft` that begin
+with a stem had one client with 44,000 images, in one go (losses: means of its sevenths, of all
+heads together), and 6,000 images for scoring, by a head with weight decay 0.1. Of their
+arguments, `temp` is the temperature, `crop0` and `crop1` the crops' scale, `deep` the stages
+with heads of their own, `muonlr`, `nssteps` and `mat` are Muon's rate, iterations and weights
+(convolutions alone, or those of the heads too), `opt=muonn` also keeps the weights' norms,
+`views=4` are four views of half as many images, `loss=dcl` is the decoupled loss of
+https://arxiv.org/abs/2110.06848, `layers` those of the projection head; `all_stages` is the
+linear head on the features of all four stages at once.
 """
 
 import argparse
