@@ -42,7 +42,7 @@ class Conv3x3(nn.Conv2d):
         return super().forward(images)
 
     def _winograd_pays(self, images: Tensor) -> bool:
-        """Tell whether this map is known to be faster that way, as benchmarks/speed.py measures."""
+        """Tell whether this map is known to be faster that way, see benchmarks/convolution.py."""
         side = images.shape[-1]
         return (
             images.device.type == "cpu"

@@ -212,7 +212,7 @@ def evaluate_run(
     image_set: ImageSet,
     checkpoint: Path,
 ) -> dict[str, Any]:
-    """Evaluate a checkpoint beside a random encoder and the raw pixels; record it.
+    """Evaluate a checkpoint, if asked beside a random encoder and the raw pixels; record it.
 
     Raises:
         UserError: no labels, or a checkpoint of another architecture.
@@ -226,7 +226,11 @@ def evaluate_run(
         rows = evaluation.supervised("labels only", random_model)
     else:
         score = evaluation.tuned if settings.mode == "finetune" else evaluation.frozen
-        rows = score("federated SimCLR", model) + score("random encoder", random_model)
+        rows = score("federated SimCLR", model)
+        if settings.baselines:
+            rows += score("random encoder", random_model)
+    if settings.baselines:
+        rows.append(evaluation.raw_pixels())
     result = {
         "mode": settings.mode,
         "dataset": config.dataset.name,
@@ -234,7 +238,7 @@ def evaluate_run(
         "round": round_number,
         "labelled_images": len(evaluation.labelled[0]),
         "test_images": len(evaluation.test.pixels),
-        "rows": [*rows, evaluation.raw_pixels()],
+        "rows": rows,
         "seed": config.seed,
         "checkpoint": checkpoint.name,
         "precision": str(evaluation.dtype).removeprefix("torch."),

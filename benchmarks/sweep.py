@@ -25,20 +25,20 @@ from omegaconf import OmegaConf
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 SEEDS = (0, 1, 2)
-# In a comparison the images and steps of all clients together are the same, 160 steps a round.
+# In a comparison the images and steps of all clients together are the same, 120 steps a round.
 TWO_CLASSES = ("partition=pathological", "partition.classes_per_client=2")
 COMPARED: dict[str, tuple[str, Sequence[str]]] = {  # title in the README, and overrides
     "clients-5": ("5 clients, IID, FedAvg", ()),
     "centralized": (
         "centralized: one client with all images",
-        ("num_clients=1", "train.max_steps=160"),
+        ("num_clients=1", "train.max_steps=120"),
     ),
     "client-alone": ("one of the 5 clients alone", ("participants=[0]",)),
-    "clients-2": ("2 clients", ("num_clients=2", "train.max_steps=80")),
-    "clients-4": ("4 clients", ("num_clients=4", "train.max_steps=40")),
-    "clients-6": ("6 clients", ("num_clients=6", "train.max_steps=27")),
-    "clients-8": ("8 clients", ("num_clients=8", "train.max_steps=20")),
-    "clients-10": ("10 clients", ("num_clients=10", "train.max_steps=16")),
+    "clients-2": ("2 clients", ("num_clients=2", "train.max_steps=60")),
+    "clients-4": ("4 clients", ("num_clients=4", "train.max_steps=30")),
+    "clients-6": ("6 clients", ("num_clients=6", "train.max_steps=20")),
+    "clients-8": ("8 clients", ("num_clients=8", "train.max_steps=15")),
+    "clients-10": ("10 clients", ("num_clients=10", "train.max_steps=12")),
     "dirichlet": ("5 clients, Dirichlet 0.1", ("partition=dirichlet", "partition.alpha=0.1")),
     "two-classes": ("5 clients, two classes each", TWO_CLASSES),
     "two-classes-fedprox": (
@@ -47,25 +47,33 @@ COMPARED: dict[str, tuple[str, Sequence[str]]] = {  # title in the README, and o
     ),
     "two-a-round": (
         "5 clients, IID, FedAvg, two of them a round",
-        ("strategy.fraction_train=0.4", "train.max_steps=80"),
+        ("strategy.fraction_train=0.4", "train.max_steps=60"),
     ),
     "fedavgm": ("5 clients, IID, FedAvgM", ("strategy=fedavgm",)),
     "fedadam": ("5 clients, IID, FedAdam", ("strategy=fedadam",)),
 }
+FIRST = "clients-5"  # has the baselines too, which are the same for all runs of a seed
 ONE_SEED = {"cifar10_cpu": ["experiment=cifar10_cpu"]}
 RUNS: dict[str, list[str]] = ONE_SEED | {
-    f"sweep/{name}": ["experiment=cifar10_sweep", *overrides]
+    f"sweep/{name}": [
+        "experiment=cifar10_sweep",
+        *overrides,
+        *([] if name == FIRST else ["eval.baselines=false"]),
+    ]
     for name, (_, overrides) in COMPARED.items()
 }
 # Evaluations besides that of main.py, by run.
 EVALUATIONS: dict[str, list[list[str]]] = {
-    "sweep/clients-5": [
+    f"sweep/{FIRST}": [
         ["label_fraction=0.01"],
         ["label_fraction=1.0", "seeds=1"],
         ["mode=finetune", "seeds=1"],
-        ["mode=supervised", "seeds=1"],
+        ["mode=supervised", "seeds=1", "baselines=false"],
     ],
-    "sweep/centralized": [["label_fraction=0.01"], ["label_fraction=1.0", "seeds=1"]],
+    "sweep/centralized": [
+        ["label_fraction=0.01", "baselines=false"],
+        ["label_fraction=1.0", "seeds=1", "baselines=false"],
+    ],
 }
 
 
