@@ -293,6 +293,13 @@ def choose_images(config: DictConfig, settings: DictConfig) -> None:
         config.dataset.path = settings.path
 
 
+def follow_run(settings: DictConfig, config: DictConfig) -> None:
+    """Train the head as the run did where the settings leave that open, in place."""
+    for key in ("learning_rate", "weight_decay"):
+        if settings[key] is None:
+            settings[key] = config.eval[key]
+
+
 def prepare(settings: DictConfig) -> tuple[RunDirectory, DictConfig, ImageSet, Path]:
     """Open all that an evaluation needs, so that nothing fails after the work.
 
@@ -302,9 +309,7 @@ def prepare(settings: DictConfig) -> tuple[RunDirectory, DictConfig, ImageSet, P
     run, checkpoint = find_checkpoint(settings)
     config = run.load_config()
     config.precision = settings.precision
-    for key in ("learning_rate", "weight_decay"):
-        if settings[key] is None:
-            settings[key] = config.eval[key]
+    follow_run(settings, config)
     choose_images(config, settings)
     load_trained(config, checkpoint, choose_device())
     report = make_report(settings.quiet)

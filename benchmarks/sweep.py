@@ -53,7 +53,7 @@ COMPARED: dict[str, tuple[str, Sequence[str]]] = {  # title in the README, and o
     "fedadam": ("5 clients, IID, FedAdam", ("strategy=fedadam",)),
 }
 FIRST = "clients-5"  # has the baselines too, which are the same for all runs of a seed
-ONE_SEED = {"cifar10_cpu": ["experiment=cifar10_cpu"]}
+ONE_SEED = {name: [f"experiment={name}"] for name in ("cifar10_cpu", "cifar10_cpu_long")}
 RUNS: dict[str, list[str]] = ONE_SEED | {
     f"sweep/{name}": [
         "experiment=cifar10_sweep",

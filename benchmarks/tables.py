@@ -87,7 +87,7 @@ def budget_table() -> list[str]:
     """Tabulate the experiments with a fixed budget."""
     names = ("linear head, 10 %", "kNN, 10 %", "random encoder", "raw pixels", "rounds", "all")
     lines = head("experiment", *names)
-    for name in ("cifar10_cpu", "cifar10_gpu"):
+    for name in ("cifar10_cpu", "cifar10_cpu_long", "cifar10_gpu"):
         seeds, times = read_seeds(name), ["", ""]
         if seeds:
             folder = RESULTS / name / "seed0"
@@ -126,10 +126,21 @@ def comparison_table() -> list[str]:
     return lines
 
 
+def convolution_table() -> list[str]:
+    """Tabulate how much faster convolutions of small maps are."""
+    lines = head("map", "channels", "PyTorch, ms", "ours, ms", "times faster")
+    for row in json.loads((RESULTS / "convolution.json").read_text())["rows"]:
+        side, times = f"{row['side']} x {row['side']}", (row["plain_ms"], row["winograd_ms"])
+        shown = (f"{milliseconds:.0f}" for milliseconds in times)
+        lines.append(line(side, row["channels"], *shown, f"{row['ratio']:.1f}"))
+    return lines
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "digits": digits_table,
     "budgets": budget_table,
     "comparison": comparison_table,
+    "convolutions": convolution_table,
 }
 
 

@@ -19,6 +19,7 @@ from test import (
     choose_images,
     evaluate_run,
     find_checkpoint,
+    follow_run,
     refuse_preparation,
     state_digest,
 )
@@ -189,3 +190,18 @@ def test_another_preparation_is_refused(override):
 def test_two_places_for_the_images_are_refused(config):
     with pytest.raises(UserError, match=r"give dataset\.path instead"):
         choose_images(config, load_config("test", ["dataset=imagefolder", "path=here"]))
+
+
+def test_the_head_is_that_of_the_run_unless_told():
+    config = load_config("config", ["dataset=cifar10"])
+    settings = load_config("test", ["weight_decay=0.5"])
+    follow_run(settings, config)
+    assert (settings.learning_rate, settings.weight_decay) == (config.eval.learning_rate, 0.5)
+    assert config.eval.learning_rate != load_config("config", []).eval.learning_rate
+
+
+def test_baselines_can_be_left_out(config, settings, model, run, digits):
+    settings.baselines = False
+    checkpoint = run.last_checkpoint()
+    result = evaluate_run(run, config, settings, digits, checkpoint)
+    assert {row["encoder"] for row in result["rows"]} == {"federated SimCLR"}
