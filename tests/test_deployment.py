@@ -57,7 +57,7 @@ class Place:
     def superlink(self, *arguments):
         given = arguments or ("--insecure",)
         self.start("superlink", "flower-superlink", *given, "--port", str(self.port))
-        self.wait_for("superlink", "Uvicorn running", 30)
+        self.wait_for("superlink", "Uvicorn running", 120)
 
     def client(self, number, *arguments):
         to = ("--superlink", self.link, "--insecure", "--max-wait-time", "5")
@@ -277,12 +277,12 @@ def test_a_node_that_dies_is_left_out_and_taken_back(place):
     overrides += [f"output_dir={place.outputs}", f"cache_dir={place.folder}/cache"]
     run_config = f'hydra-overrides="{" ".join(overrides)}"'
     place.start("server", "flwr", "run", ".", "two-sites", "--stream", "--run-config", run_config)
-    place.wait_for("server", "configure_train", 60)
+    place.wait_for("server", "configure_train", 240)
     place.kill("client2")
     place.client(2)
-    place.wait_for("server", "without client 1: no reply within 30 s", 90)
-    place.wait_for("server", "partition 1 is connected again", 60)
-    assert place.end("server", 90) == 0, place.all_logs()
+    place.wait_for("server", "without client 1: no reply within 30 s", 240)
+    place.wait_for("server", "partition 1 is connected again", 240)
+    assert place.end("server", 240) == 0, place.all_logs()
     first, second = place.rounds()
     assert {"partition": 1, "reason": "no reply within 30 s"} in first["failures"]
     assert [client["partition"] for client in first["clients"]] == [0]
@@ -300,7 +300,7 @@ def test_a_node_that_never_comes_and_a_superlink_that_is_stopped(place):
     assert "Traceback" not in place.log("server")
 
     place.server(name="again")
-    place.wait_for("again", "1 of 2 nodes are connected; waiting", 60)
+    place.wait_for("again", "1 of 2 nodes are connected; waiting", 240)
     place.started["superlink"].terminate()
     for name in ("again", "client1"):
         assert place.end(name, 40) == 1
