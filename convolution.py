@@ -2,8 +2,8 @@
 
 On processors most of the training is 3x3 convolutions of small maps. Winograd's minimal
 filtering (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks",
-https://arxiv.org/abs/1509.09308) takes two to four times fewer multiplications; written as
-matrix products it is about as much faster, and the gradients come by themselves.
+https://arxiv.org/abs/1509.09308) takes two to four times fewer multiplications. Written as
+matrix products it is up to as much faster, and the gradients come by themselves.
 """
 
 import functools
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+MAX_SIDE = 8  # larger maps of so few channels are bound by memory
 MIN_BATCH = 32  # below it, transforming the weights costs more than it saves
 POINTS = (0.0, 1.0, -1.0, 2.0, -2.0)  # and infinity
 
@@ -52,7 +53,7 @@ class Conv3x3(nn.Conv2d):
             and self.stride == (1, 1)
             and images.shape[-2] == side
             and (side == 2 or side % 3 == 0 or side % 4 == 0)
-            and side <= max(8, self.in_channels // 8)
+            and side <= MAX_SIDE
             and len(images) >= MIN_BATCH
         )
 
