@@ -132,6 +132,11 @@ def test_the_readmes_tables_are_those_of_the_recorded_runs():
     headline = README.partition("## Start")[0]
     for number in (ours, random_encoder.split()[0], pixels.split()[0]):
         assert f"{number.strip()} %" in headline, f"the headline lacks: {number} %"
+    budget = next(line for line in tables.budget_table() if line.startswith("| `cifar10_cpu`"))
+    _, _, linear, _, untrained, *_ = budget.split("|")
+    text = " ".join(headline.split())
+    assert f"gives {linear.split()[0]} % with 10 % of the labels" in text
+    assert f"encoder {untrained.split()[0]} %)" in text
 
 
 @pytest.mark.parametrize("name", [name for name in sweep.COMPARED if name != "client-alone"])
