@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MAX_SIDE = 8  # larger maps of so few channels are bound by memory
+MAX_SIDE = 8  # of a map; larger ones take longer this way, see benchmarks/convolution.py
 MIN_BATCH = 32  # below it, transforming the weights costs more than it saves
 POINTS = (0.0, 1.0, -1.0, 2.0, -2.0)  # and infinity
 
@@ -43,7 +43,7 @@ class Conv3x3(nn.Conv2d):
         return super().forward(images)
 
     def _winograd_pays(self, images: Tensor) -> bool:
-        """Tell whether this map is known to be faster that way, see benchmarks/convolution.py."""
+        """Tell whether these images (B, C, H, W) can go that way, and are faster so."""
         side = images.shape[-1]
         return (
             images.device.type == "cpu"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 A, B, C = 3.4445, -4.7750, 2.0315
-ITERATIONS = 3  # of five that its authors take: as good here, and a tenth of a step less
+ITERATIONS = 3  # of the five that its authors take: as good in a trial, and cheaper
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class Muon(Optimizer):
         """Set the optimizer up.
 
         Args:
-            weights: of two or more dimensions, all floats.
+            weights: floats, matrices (O, I) or convolutions (O, I, H, W).
             lr: the length of a step in each direction of the matrix.
             momentum: 0 up to 1.
         """

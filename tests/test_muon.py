@@ -34,6 +34,10 @@ def test_taps_that_nothing_reaches_stay_and_cost_nothing(monkeypatch):
 
 def test_a_gradient_of_zeros_moves_nothing():
     assert torch.equal(orthogonalize(torch.zeros(3, 5)), torch.zeros(3, 5))
+    weight = nn.Parameter(torch.ones(3, 5, 3, 3))
+    weight.grad = torch.zeros_like(weight)
+    Muon([weight], lr=0.1).step()
+    assert torch.equal(weight, torch.ones_like(weight))
 
 
 @pytest.mark.parametrize(("outputs", "inputs", "scale"), [(6, 2, 3), (2, 6, 1)])

@@ -181,6 +181,15 @@ def test_recorded_runs_tell_how_they_were_made():
         assert [row["round"] for row in rounds] == list(range(1, 8))
 
 
+def test_the_readmes_gains_of_the_recipe_are_recorded_trials():
+    table = README.partition("| recipe | linear head, % | kNN, % |\n")[2].partition("\n\n")[0]
+    shown = [tuple(map(float, line.split("|")[2:4])) for line in table.splitlines()[1:]]
+    trials = map(json.loads, (ROOT / "results" / "tuning.jsonl").open())
+    scores = [trial["by_pixels"].get("32", {}) for trial in trials]
+    assert len(shown) == 4
+    assert set(shown) <= {(score.get("linear_head"), score.get("knn")) for score in scores}
+
+
 def test_the_readmes_cost_of_the_wire_is_the_recorded_one():
     recorded = json.loads((ROOT / "results" / "wire.json").read_text())
     assert re.fullmatch(r"[0-9a-f]{40}", recorded["measured"]["commit"])
