@@ -27,7 +27,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from augment import encode_size, make_augmentation, view_size
+from augment import encode_size, make_augmentation
 from checkpoints import load_checkpoint
 from config import run_entry
 from display import Waiting, make_report, print_results
@@ -83,7 +83,6 @@ class Evaluation:
         self.dtype = choose_dtype(config.precision, self.device)
         place = round_number or config.num_rounds, config.num_rounds
         image_size = config.dataset.image_size
-        self.view_size = view_size(config.train.view_sizes, image_size, *place)
         self.encode_size = encode_size(config.train, image_size, *place)
         self.seeds = [derive_seed(config.seed, "labels", i) % 2**32 for i in range(settings.seeds)]
         self.labelled = [
@@ -127,7 +126,7 @@ class Evaluation:
         self, model: SimCLR, train: Callable[..., nn.Module], settings: Mapping[str, Any]
     ) -> list[float]:
         scores = []
-        augmentation = make_augmentation(self.config.augment, self.view_size)
+        augmentation = make_augmentation(self.config.augment, self.encode_size)
         for seed, labelled in zip(self.seeds, self.labelled, strict=True):
             tuned = copy.deepcopy(model)
             head = train(

@@ -67,8 +67,8 @@ EVALUATIONS: dict[str, list[list[str]]] = {
     f"sweep/{FIRST}": [
         ["label_fraction=0.01"],
         ["label_fraction=1.0", "seeds=1"],
-        ["mode=finetune", "seeds=1"],
-        ["mode=supervised", "seeds=1", "baselines=false"],
+        ["mode=finetune", "seeds=1", "baselines=false", "batch_size=64"],
+        ["mode=supervised", "seeds=1", "baselines=false", "supervised.epochs=20"],
     ],
     "sweep/centralized": [
         ["label_fraction=0.01", "baselines=false"],
@@ -90,20 +90,22 @@ def missing(names: Sequence[str]) -> list[tuple[str, int]]:
 
 
 def run_one(name: str, seed: int, path: str, scratch: Path) -> None:
-    """Train and evaluate one run, then put its record in place as a whole."""
+    """Train and evaluate one run, then put its record in place as a whole.
+
+    After an interruption it goes on with the first command that was not finished.
+    """
     output = scratch / name / f"seed{seed}"
-    shutil.rmtree(output, ignore_errors=True)
-    run = output / "run"
-    commands = [["main.py", *RUNS[name], f"seed={seed}"]]
+    run, finished = output / "run", output / "commands.json"
+    told = json.loads(finished.read_text()) if finished.exists() else []
+    if not told:
+        shutil.rmtree(output, ignore_errors=True)
     places = [f"dataset.path={path}", f"output_dir={output}", f"run_dir={run}"]
-    times = [time_command([*commands[0], *places])]
-    for more in EVALUATIONS.get(name, []):
-        commands.append(["test.py", *more])
-        times.append(time_command([*commands[-1], f"run={run}"]))
-    told = [
-        {"command": " ".join(["python", *command]), "wall_s": round(wall, 1)}
-        for command, wall in zip(commands, times, strict=True)
-    ]
+    steps = [(["main.py", *RUNS[name], f"seed={seed}"], places)]
+    steps += [(["test.py", *more], [f"run={run}"]) for more in EVALUATIONS.get(name, [])]
+    for command, where in steps[len(told) :]:
+        wall = time_command([*command, *where])
+        told.append({"command": " ".join(["python", *command]), "wall_s": round(wall, 1)})
+        finished.write_text(json.dumps(told, indent=2) + "\n")
     keep_record(run, RESULTS / name / f"seed{seed}", told)
     shutil.rmtree(output)
 

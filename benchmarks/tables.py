@@ -119,8 +119,7 @@ def comparison_table() -> list[str]:
         return lines if len(lines) > 2 else ["Not recorded yet."]
     fractions = (cell(seeds, *untrained, fraction=fraction) for fraction in (0.01, 0.1, 1.0))
     knn = cell(seeds, "random encoder", "kNN")
-    tuned = cell(seeds, "random encoder", "fine-tuned", mode="finetune")
-    lines.append(line("random encoder", *fractions, knn, tuned, len(seeds)))
+    lines.append(line("random encoder", *fractions, knn, "", len(seeds)))
     labels = cell(seeds, "labels only", "supervised", mode="supervised")
     lines.append(line("the network trained on the labels alone", "", labels, *[""] * 3, len(seeds)))
     return lines
