@@ -77,15 +77,20 @@ EVALUATIONS: dict[str, list[list[str]]] = {
 }
 
 
-def missing(names: Sequence[str]) -> list[tuple[str, int]]:
-    """List the runs without a record, all of a seed before those of the next."""
+def missing(only: Sequence[str]) -> list[tuple[str, int]]:
+    """List the runs without a record, all of a seed before those of the next.
+
+    Args:
+        only: names of runs, seeds ("seed0"), or both; none for all.
+    """
+    names = set(only) & set(RUNS) or set(RUNS)
+    seeds = [seed for seed in SEEDS if f"seed{seed}" in only] or SEEDS
     return [
         (name, seed)
-        for seed in SEEDS
+        for seed in seeds
         for name in RUNS
-        if seed == 0 or name not in ONE_SEED
+        if name in names and (seed == 0 or name not in ONE_SEED)
         if not (RESULTS / name / f"seed{seed}" / "commands.json").exists()
-        and (not names or name in names or f"seed{seed}" in names)
     ]
 
 
@@ -140,7 +145,7 @@ def main() -> None:
     """Run what is missing, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--path", help="a local copy of uoft-cs/cifar10")
-    parser.add_argument("--only", nargs="*", default=[], help="names of runs, or seedN")
+    parser.add_argument("--only", nargs="*", default=[], help="names of runs, seedN, or both")
     parser.add_argument("--list", action="store_true", help="only tell what is missing")
     parser.add_argument("--scratch", type=Path, default=ROOT / "outputs" / "sweep")
     given = parser.parse_args()
