@@ -5,7 +5,7 @@
 
 Of the 50,000 training images 4,000 are kept apart, the others are dealt out to the clients.
 After the last round linear head and kNN, both with 5,000 labels, are scored on the 4,000.
-Overrides are those of main.py; partition and strategy are always IID and FedAvg. Every trial
+Overrides are those of main.py; the partition is always IID. Every trial
 is a line of results/tuning.jsonl. Those without a commit are by drafts of this script: the
 ones with `arguments` had one client alone with 9,000 images, and flags for what main.py does
 not offer because it did not help (the script of commit 34d44f9 gives the same); the five with
@@ -25,14 +25,15 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp.strategy import FedAvg
+from flwr.supercore.task_identity import TaskIdentity
 from omegaconf import DictConfig
-from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -44,9 +45,12 @@ from heads import draw_labelled, train_linear_head  # noqa: E402
 from model import SimCLR, build_model  # noqa: E402
 from resources import clients_per_round, count_cores  # noqa: E402
 from rundir import provenance  # noqa: E402
+from strategies import aggregate, combinable, make_strategy  # noqa: E402
 from training import TrainResult, local_train, make_optimization  # noqa: E402
+from updates import Update  # noqa: E402
 from utils import Images, choose_device, choose_dtype, generator_for, open_image_set  # noqa: E402
 
+TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1  # messages ask for them
 VALIDATION, LABELLED = 4000, 5000
 
 
@@ -59,24 +63,23 @@ def split_images(labels: np.ndarray, num_clients: int) -> tuple[list[np.ndarray]
     return dealt, [labelled, held]
 
 
-def mean_state(states: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Average states of equal weight, counters too, as FedAvg."""
-    return {
-        name: torch.stack([state[name].double() for state in states]).mean(0).to(tensor.dtype)
-        for name, tensor in states[0].items()
-    }
-
-
 def train_round(
-    model: SimCLR, pixels: np.ndarray, parts: list[np.ndarray], config: DictConfig, number: int
+    model: SimCLR,
+    strategy: FedAvg,
+    pixels: np.ndarray,
+    parts: list[np.ndarray],
+    config: DictConfig,
+    number: int,
 ) -> list[TrainResult]:
-    """Train the sampled clients one after the other; the model becomes their mean."""
+    """Train the sampled clients one after the other; the model becomes what they make together."""
     sampled = clients_per_round(len(parts), config.strategy.fraction_train)
     chosen = np.random.default_rng((config.seed, number)).permutation(len(parts))[:sampled]
     device, rounds = choose_device(), config.num_rounds
     size = view_size(config.train.view_sizes, config.dataset.image_size, number, rounds)
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    results, states = [], []
+    if getattr(strategy, "current_arrays", start) is None:  # as when Flower sends them out
+        strategy.current_arrays = combinable(strategy, model, start)
+    results, updates = [], []
     for client in map(int, chosen):
         model.load_state_dict(start)
         result = local_train(
@@ -92,8 +95,10 @@ def train_round(
             dtype=choose_dtype(config.precision, device),
         )
         results.append(result)
-        states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-    model.load_state_dict(mean_state(states))
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        reply = Message(RecordDict(), dst_node_id=client, message_type=MessageType.TRAIN)
+        updates.append(Update(client, len(parts[client]), {}, state, reply))
+    model.load_state_dict(aggregate(strategy, number, updates, model))
     return results
 
 
@@ -117,9 +122,10 @@ def try_recipe(config: DictConfig, images: Images, sizes: list[int]) -> dict[str
     """Train all rounds and score; give the losses, images and seconds too."""
     parts, rows = split_images(images.labels, config.num_clients)
     model = build_model(config.model, config.dataset, config.seed, choose_device())
+    strategy = make_strategy(config.strategy)
     began, seen, losses = time.perf_counter(), 0, []
     for number in range(1, config.num_rounds + 1):
-        results = train_round(model, images.pixels, parts, config, number)
+        results = train_round(model, strategy, images.pixels, parts, config, number)
         seen += sum(result.images for result in results)
         losses.append(round(float(np.mean([result.loss for result in results])), 3))
         print(f"round {number}/{config.num_rounds}: loss {losses[-1]}", flush=True)
