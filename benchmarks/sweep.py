@@ -49,6 +49,10 @@ COMPARED: dict[str, tuple[str, Sequence[str]]] = {  # title in the README, and o
         "5 clients, IID, FedAvg, two of them a round",
         ("strategy.fraction_train=0.4", "train.max_steps=60"),
     ),
+    "server-rate": (
+        "5 clients, IID, FedAvgM without momentum, server rate 2",
+        ("strategy=fedavgm", "strategy.server_momentum=0", "strategy.server_learning_rate=2"),
+    ),
     "fedavgm": ("5 clients, IID, FedAvgM", ("strategy=fedavgm",)),
     "fedadam": ("5 clients, IID, FedAdam", ("strategy=fedadam",)),
 }
