@@ -145,6 +145,23 @@ def test_fine_tuning_changes_a_copy_and_beats_chance(config, settings, digits, m
     assert state_digest(model) == before
 
 
+@pytest.mark.parametrize("way", ["finetune", "train_supervised"])
+def test_whole_networks_train_at_the_size_they_are_scored_at(
+    config, settings, digits, model, monkeypatch, way
+):
+    config.train.view_sizes, config.train.encode_size = [4], 8
+    sizes = []
+
+    def look(model, images, labels, num_classes, augmentation, *rest):
+        sizes.append(augmentation.output_size)
+        return torch.nn.Linear(model.feature_size, num_classes)
+
+    monkeypatch.setattr(evaluation, way, look)
+    trial = Evaluation(config, settings, digits)
+    (trial.tuned if way == "finetune" else trial.supervised)("ours", model)
+    assert sizes == [8] * settings.seeds
+
+
 def test_a_checkpoint_of_another_architecture_is_refused(run, config, settings, digits):
     other = OmegaConf.merge(config.model, {"encoder": "resnet50"})
     state = build_model(other, config.dataset, 0, CPU).state_dict()

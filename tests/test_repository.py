@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import subprocess
+from pathlib import Path
 
 import pytest
 import sweep
@@ -158,6 +159,48 @@ def test_the_sweep_refuses_a_run_that_it_does_not_know(monkeypatch, capsys):
     assert "--only=clients-2: there are" in capsys.readouterr().err
 
 
+def test_the_sweep_takes_names_and_seeds_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "RESULTS", tmp_path)
+    assert sweep.missing(["sweep/clients-2", "seed1"]) == [("sweep/clients-2", 1)]
+    assert {seed for _, seed in sweep.missing(["seed2"])} == {2}
+    done = tmp_path / "sweep" / "clients-2" / "seed0" / "commands.json"
+    done.parent.mkdir(parents=True)
+    done.touch()
+    assert sweep.missing(["sweep/clients-2"]) == [("sweep/clients-2", 1), ("sweep/clients-2", 2)]
+    assert len(sweep.missing([])) == len(sweep.ONE_SEED) + 3 * len(sweep.COMPARED) - 1
+
+
+def test_an_interrupted_run_of_the_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
+    ran = []
+
+    def stop_at_the_third(command):
+        ran.append(command[0])
+        if len(ran) == 3:
+            raise SystemExit("failed")
+        run = Path(command[-1].removeprefix("run_dir=").removeprefix("run="))
+        run.mkdir(parents=True, exist_ok=True)
+        names = ("output_dir", "run_dir", "cache_dir")
+        (run / "config.yaml").write_text(
+            json.dumps({"dataset": {"path": "x"}} | dict.fromkeys(names))
+        )
+        for name in ("metrics.jsonl", "results.json"):
+            (run / name).touch()
+        return 1.23
+
+    monkeypatch.setattr(sweep, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(sweep, "time_command", stop_at_the_third)
+    with pytest.raises(SystemExit, match="failed"):
+        sweep.run_one("sweep/centralized", 0, "cifar10", tmp_path / "scratch")
+    assert not (tmp_path / "results").exists()
+    sweep.run_one("sweep/centralized", 0, "cifar10", tmp_path / "scratch")
+    assert ran == ["main.py", "test.py", "test.py", "test.py"]
+    record = tmp_path / "results" / "sweep" / "centralized" / "seed0"
+    told = json.loads((record / "commands.json").read_text())
+    assert [line["wall_s"] for line in told] == [1.2] * 3
+    assert told[0]["command"].startswith("python main.py experiment=cifar10_sweep num_clients=1")
+    assert "path: null" in (record / "config.yaml").read_text()
+
+
 def test_a_table_tells_mean_and_spread_of_what_is_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     for seed, top1 in enumerate((0.5, 0.6)):
@@ -181,12 +224,15 @@ def test_recorded_runs_tell_how_they_were_made():
         assert [row["round"] for row in rounds] == list(range(1, 8))
 
 
-def test_the_readmes_gains_of_the_recipe_are_recorded_trials():
-    table = README.partition("| recipe | linear head, % | kNN, % |\n")[2].partition("\n\n")[0]
+@pytest.mark.parametrize(
+    ("title", "count"), [("recipe", 4), ("5 clients a round, experiment `cifar10_sweep`", 4)]
+)
+def test_the_readmes_gains_are_recorded_trials(title, count):
+    table = README.partition(f"| {title} | linear head, % | kNN, % |\n")[2].partition("\n\n")[0]
     shown = [tuple(map(float, line.split("|")[2:4])) for line in table.splitlines()[1:]]
     trials = map(json.loads, (ROOT / "results" / "tuning.jsonl").open())
     scores = [trial["by_pixels"].get("32", {}) for trial in trials]
-    assert len(shown) == 4
+    assert len(shown) == count
     assert set(shown) <= {(score.get("linear_head"), score.get("knn")) for score in scores}
 
 
