@@ -5,8 +5,8 @@
 
 Of the 50,000 training images 4,000 are kept apart, the others are dealt out to the clients.
 After the last round linear head and kNN, both with 5,000 labels, are scored on the 4,000.
-Overrides are those of main.py; the partition is always IID. Every trial
-is a line of results/tuning.jsonl. Those without a commit are by drafts of this script: the
+Overrides are those of main.py; the partition is always IID. Every trial is a line of
+results/tuning.jsonl. Those without a commit are by drafts of this script: the
 ones with `arguments` had one client alone with 9,000 images, and flags for what main.py does
 not offer because it did not help (the script of commit 34d44f9 gives the same); the five with
 `overrides` dealt images and clients out by other random numbers, and their losses are means of
@@ -23,6 +23,7 @@ linear head on the features of all four stages at once.
 
 import argparse
 import json
+import logging
 import sys
 import time
 from pathlib import Path
@@ -40,6 +41,7 @@ sys.path.insert(0, str(ROOT))
 
 from augment import encode_size, make_augmentation, view_size  # noqa: E402
 from config import load_config  # noqa: E402
+from errors import UserError  # noqa: E402
 from features import extract_features, knn_accuracy  # noqa: E402
 from heads import draw_labelled, train_linear_head  # noqa: E402
 from model import SimCLR, build_model  # noqa: E402
@@ -148,9 +150,13 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_intermixed_args()
     torch.set_num_threads(count_cores())
-    config = load_config("config", ["dataset=cifar10", *given.overrides])
-    config.dataset.path = given.path
-    images = open_image_set(config.dataset, config.cache_dir, config.seed, report=print).train
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)  # it tells of every aggregation
+    try:
+        config = load_config("config", ["dataset=cifar10", *given.overrides])
+        config.dataset.path = given.path
+        images = open_image_set(config.dataset, config.cache_dir, config.seed, report=print).train
+    except UserError as error:
+        parser.error(str(error))
     measured = provenance()
     rounds, side = config.num_rounds, config.dataset.image_size
     sizes = given.encode or [encode_size(config.train, side, rounds, rounds)]
