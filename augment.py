@@ -6,7 +6,7 @@ map of the colours, clamped once at the end (torchvision clamps after each).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,32 +118,6 @@ def make_augmentation(spec: Mapping[str, Any], output_size: int) -> Augmentation
         for key, value in spec.items()
     }
     return Augmentation(output_size, **values)
-
-
-def view_size(sizes: Sequence[int], image_size: int, round_number: int, num_rounds: int) -> int:
-    """Choose the side of a round's views in pixels: each size has an equal part of the run.
-
-    Args:
-        sizes: in the order of the rounds; empty for the size of the images.
-        round_number: from 1 to num_rounds.
-    """
-    return sizes[(round_number - 1) * len(sizes) // num_rounds] if sizes else image_size
-
-
-def encode_size(
-    train: Mapping[str, Any], image_size: int, round_number: int, num_rounds: int
-) -> int:
-    """Choose the side in pixels of the whole images that the encoder of a round sees.
-
-    Crops magnify what they show, so that an encoder trained on views of 16 pixels
-    may know whole images of 24 better (https://arxiv.org/abs/1906.06423).
-
-    Args:
-        train: the section; without `encode_size` it is the size of the round's views.
-            Images are never enlarged.
-    """
-    views = view_size(train["view_sizes"], image_size, round_number, num_rounds)
-    return min(train.get("encode_size") or views, image_size)
 
 
 def draw_crops(

@@ -12,10 +12,11 @@ from flwr.clientapp.typing import Mod
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from augment import Augmentation, make_augmentation, view_size
+from augment import Augmentation, make_augmentation
 from errors import UserError
 from model import SimCLR, build_model, load_state
 from partitions import open_partitions, split_held_out
+from schedule import plan_round, view_size
 from training import hold_images, local_loss, local_train, make_optimization
 from utils import (
     Images,
@@ -188,13 +189,16 @@ def train_reply(identity: Identity, message: Message) -> Message:
     site, rows, _ = _prepare(identity, message)
     request = message.content[CONFIG]
     round_number, num_rounds = int(request["server-round"]), int(request["num-rounds"])
+    lengths = site.config.train.get("round_lengths")  # not in older runs
+    length, run_part = plan_round(lengths or [], round_number, num_rounds)
     result = local_train(
         site.model,
         site.pixels,
         rows,
         site.views_of(message),
         make_optimization(site.config.train),
-        run_part=((round_number - 1) / num_rounds, round_number / num_rounds),
+        length=length,
+        run_part=run_part,
         proximal_mu=float(request.get("proximal-mu", 0.0)),
         generator=generator_for(site.config.seed, "train", round_number, identity.partition),
         device=site.device,

@@ -109,6 +109,8 @@ WHOLE_NUMBERS: dict[str, tuple[int, float]] = {
     "participants": (0, inf),
     "train.view_sizes": (4, 4096),
 }
+# Lists of any length: shares of a whole, above 0.
+SHARES = ("train.round_lengths",)
 # Lists of any length: the items there are.
 NAMES: dict[str, tuple[str, ...]] = {"model.deep_supervision": ("layer1", "layer2", "layer3")}
 # Types of the values whose default is null.
@@ -300,6 +302,8 @@ def _check_value(key: str, value: Any, default: Any) -> None:
     if isinstance(value, list):
         if key in WHOLE_NUMBERS:
             _check_whole_numbers(key, value, *WHOLE_NUMBERS[key])
+        elif key in SHARES:
+            _check_shares(key, value)
         elif key in NAMES:
             _check_names(key, value, NAMES[key])
         else:
@@ -322,6 +326,11 @@ def _check_whole_numbers(key: str, value: list[Any], low: int, high: float) -> N
     if not all(type(item) is int and low <= item <= high for item in value):
         bound = f"{low} to {high}" if high < inf else f"from {low} on"
         raise UserError(f"{key}={value}: must be a list of whole numbers, {bound}")
+
+
+def _check_shares(key: str, value: list[Any]) -> None:
+    if not all(type(item) in (int, float) and 0 < item <= 1 for item in value):
+        raise UserError(f"{key}={value}: must be a list of numbers above 0 and at most 1")
 
 
 def _check_names(key: str, value: list[Any], known: tuple[str, ...]) -> None:

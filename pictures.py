@@ -12,7 +12,6 @@ from sklearn.manifold import TSNE, trustworthiness
 from sklearn.preprocessing import normalize
 from threadpoolctl import threadpool_limits
 
-from augment import encode_size
 from features import extract_features
 from figures import (
     HEALTH,
@@ -26,6 +25,7 @@ from figures import (
 from model import build_model
 from partitions import count_classes, partition_rows, split_held_out
 from rundir import RunDirectory
+from schedule import encode_size
 from test import load_trained
 from utils import (
     ImageSet,

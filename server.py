@@ -10,13 +10,13 @@ from flwr.app import ConfigRecord, Message, MessageType
 from omegaconf import DictConfig
 from torch.utils.tensorboard import SummaryWriter
 
-from augment import encode_size
 from checkpoints import Checkpoint, save_checkpoint
 from features import extract_features, knn_accuracy
 from health import find_warnings
 from model import build_model, load_state
 from nodes import Heard, Nodes, ignore
 from rundir import RunDirectory
+from schedule import encode_size
 from strategies import aggregate, combinable, make_strategy, remember, restore
 from updates import (
     ARRAYS,

@@ -27,7 +27,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from augment import encode_size, make_augmentation
+from augment import make_augmentation
 from checkpoints import load_checkpoint
 from config import run_entry
 from display import Waiting, make_report, print_results
@@ -36,6 +36,7 @@ from features import extract_features, knn_accuracy
 from heads import draw_labelled, finetune, train_linear_head, train_supervised
 from model import SimCLR, build_model, load_state
 from rundir import RunDirectory, provenance
+from schedule import encode_size
 from utils import ImageSet, choose_device, choose_dtype, derive_seed, open_image_set
 
 PROTOCOL = (

@@ -15,6 +15,7 @@ from augment import Augmentation
 from health import measure_health
 from model import SimCLR, nt_xent
 from muon import Muon
+from schedule import cosine
 
 HEALTH_IMAGES = 512  # the effective rank depends on how many images it is measured on
 DEVICE_SHARE = 0.1  # of a GPU's free memory, which the images may take
@@ -95,11 +96,6 @@ def take_images(pixels: np.ndarray | Tensor, rows: np.ndarray, device: torch.dev
     return torch.from_numpy(pixels[rows]).to(device, non_blocking=True)
 
 
-def cosine(progress: float) -> float:
-    """Fall from 1 at the start of the run (0) to 0 at its end (1)."""
-    return 0.5 * (1 + math.cos(math.pi * progress))
-
-
 def local_train(
     model: SimCLR,
     images: np.ndarray | Tensor,
@@ -107,6 +103,7 @@ def local_train(
     augmentation: Augmentation,
     settings: Optimization,
     *,
+    length: float,
     run_part: tuple[float, float],
     proximal_mu: float,
     generator: Generator,
@@ -118,6 +115,7 @@ def local_train(
     Args:
         images: uint8 (N, 3, H, W), the whole image set, see `hold_images`.
         indices: which of them are this client's, at least two.
+        length: of this round, as a share of the steps that the settings allow; one at least.
         run_part: where this round begins and ends within the run, from 0 to 1;
             the learning rate is a cosine over the whole run.
         proximal_mu: weight of FedProx's term, mu / 2 * |w - w_global|^2
@@ -135,6 +133,7 @@ def local_train(
     batches_per_epoch = len(indices) // batch_size
     steps = settings.local_epochs * batches_per_epoch
     steps = min(steps, settings.max_steps) if settings.max_steps else steps
+    steps = max(1, round(length * steps))
     optimizers = make_optimizers(model, settings)
     share = batch_size / settings.batch_size
     anchor = [p.detach().clone() for p in model.parameters()] if proximal_mu > 0 else []

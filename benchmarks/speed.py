@@ -139,6 +139,7 @@ class Contest:
             np.arange(len(self.pixels)),
             self.augmentation,
             make_optimization({**self.config.train, "max_steps": steps, "local_epochs": 1000}),
+            length=1.0,
             run_part=(0, 0.1),
             proximal_mu=0.0,
             generator=generator_for(0, "benchmark"),

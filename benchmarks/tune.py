@@ -39,7 +39,7 @@ from omegaconf import DictConfig
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from augment import encode_size, make_augmentation, view_size  # noqa: E402
+from augment import make_augmentation  # noqa: E402
 from config import load_config  # noqa: E402
 from errors import UserError  # noqa: E402
 from features import extract_features, knn_accuracy  # noqa: E402
@@ -47,6 +47,7 @@ from heads import draw_labelled, train_linear_head  # noqa: E402
 from model import SimCLR, build_model  # noqa: E402
 from resources import clients_per_round, count_cores  # noqa: E402
 from rundir import provenance  # noqa: E402
+from schedule import encode_size, plan_round, view_size  # noqa: E402
 from strategies import aggregate, combinable, make_strategy  # noqa: E402
 from training import TrainResult, local_train, make_optimization  # noqa: E402
 from updates import Update  # noqa: E402
@@ -78,6 +79,7 @@ def train_round(
     chosen = np.random.default_rng((config.seed, number)).permutation(len(parts))[:sampled]
     device, rounds = choose_device(), config.num_rounds
     size = view_size(config.train.view_sizes, config.dataset.image_size, number, rounds)
+    length, run_part = plan_round(config.train.round_lengths, number, rounds)
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if getattr(strategy, "current_arrays", start) is None:  # as when Flower sends them out
         strategy.current_arrays = combinable(strategy, model, start)
@@ -90,7 +92,8 @@ def train_round(
             parts[client],
             make_augmentation(config.augment, size),
             make_optimization(config.train),
-            run_part=((number - 1) / rounds, number / rounds),
+            length=length,
+            run_part=run_part,
             proximal_mu=0.0,
             generator=generator_for(config.seed, "train", number, client),
             device=device,

@@ -6,12 +6,10 @@ import torchvision.transforms.v2.functional as tv
 from augment import (
     Augmentation,
     draw_crops,
-    encode_size,
     gaussian_blur,
     make_augmentation,
     recolor,
     resample,
-    view_size,
 )
 from config import load_config
 
@@ -213,17 +211,3 @@ def test_shares_of_flips_and_blurs_follow_their_probabilities(images):
     blurred = make(blur=0.4, blur_sigma=(1.0, 2.0)).two_views(many, seeded())
     changed = (blurred - plain).abs().amax(dim=(1, 2, 3)) > 1e-3
     assert np.isclose(changed.float().mean(), 0.4, atol=0.03)
-
-
-def test_view_sizes_have_equal_parts_of_the_run():
-    sizes = [view_size([16, 24, 32], 32, number, 7) for number in range(1, 8)]
-    assert sizes == [16, 16, 16, 24, 24, 32, 32]
-    assert [view_size([16, 24, 32], 32, number, 2) for number in (1, 2)] == [16, 24]
-    assert view_size([], 32, 3, 7) == 32
-
-
-def test_images_are_encoded_as_the_views_unless_told_otherwise():
-    assert encode_size({"view_sizes": [16, 24]}, 32, 1, 2) == 16
-    assert encode_size({"view_sizes": [16, 24], "encode_size": None}, 32, 2, 2) == 24
-    assert encode_size({"view_sizes": [16], "encode_size": 24}, 32, 1, 2) == 24
-    assert encode_size({"view_sizes": [48]}, 32, 1, 2) == 32  # images are never enlarged

@@ -125,6 +125,8 @@ def test_main_and_test_share_the_protocol():
         ("num_clients=0", "num_clients=0: must be at least 1"),
         ("participants=[x]", "participants=['x']: must be a list of whole numbers, from 0 on"),
         ("model.deep_supervision=[layer5]", "no layer5; did you mean layer3?"),
+        ("train.round_lengths=[0,1]", "must be a list of numbers above 0 and at most 1"),
+        ("train.round_lengths=[0.5,2]", "must be a list of numbers above 0 and at most 1"),
         ("train.view_sizes=[2]", "must be a list of whole numbers, 4 to 4096"),
         ("train.encode_size=9", "the images have 8 pixels; at most these"),
         ("experiment=cifar", "did you mean cifar10_"),

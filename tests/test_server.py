@@ -159,6 +159,18 @@ def test_the_order_of_replies_does_not_change_a_byte(federate):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+def test_clients_train_as_long_as_the_round_is(federate):
+    images = []
+
+    def note(partition, reply):
+        images.append(reply.content["metrics"]["images"])
+        return reply
+
+    lengths = ["train.max_steps=4", "train.batch_size=32", "train.round_lengths=[0.5,1]"]
+    federate(*lengths, tamper=note)
+    assert images == [2 * 32] * 3 + [4 * 32] * 3
+
+
 def test_the_seed_decides_which_partitions_take_part(federate):
     overrides = ["num_clients=8", "strategy.fraction_train=0.25", "strategy.fraction_evaluate=0.25"]
     asked = [sorted(federate(*overrides)[2].asked) for _ in range(2)]
