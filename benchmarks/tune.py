@@ -8,9 +8,10 @@ After the last round linear head and kNN, both with 5,000 labels, are scored on 
 Overrides are those of main.py; the partition is always IID. Every trial is a line of
 results/tuning.jsonl. Those without a commit are by drafts of this script: the
 ones with `arguments` had one client alone with 9,000 images, and flags for what main.py does
-not offer because it did not help (the script of commit 34d44f9 gives the same); the five with
-`overrides` dealt images and clients out by other random numbers, and their losses are means of
-the last 20 steps of a round instead of all; the ones with `arguments_of_a_draft` that begin
+not offer because it did not help (the script of commit 34d44f9 gives the same); the two with
+`train.round_lengths` are as they say; the five others with `overrides` dealt images and clients
+out by other random numbers, and their losses are means of the last 20 steps of a round instead
+of all; the ones with `arguments_of_a_draft` that begin
 with a stem had one client with 44,000 images, in one go (losses: means of its sevenths, of all
 heads together), and 6,000 images for scoring, by a head with weight decay 0.1. Of their
 arguments, `temp` is the temperature, `crop0` and `crop1` the crops' scale, `deep` the stages

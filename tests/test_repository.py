@@ -18,7 +18,7 @@ from resources import clients_per_round
 
 # Who may import whom: a module imports only from lower levels, never its own.
 LEVELS = [
-    {"convolution", "environment", "errors", "health", "muon", "terminal"},
+    {"convolution", "environment", "errors", "health", "muon", "schedule", "terminal"},
     {"augment", "config", "display", "files", "link", "model", "nodes", "resources", "sources"}
     | {"wire"},
     {"answers", "certificates", "checkpoints", "encoder", "features", "launch_checks", "training"}
