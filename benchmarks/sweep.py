@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 SEEDS = (0, 1, 2)
-# In a comparison the images and steps of all clients together are the same, 120 steps a round.
+# In a comparison the images and steps of all clients together are the same: 840 steps of 64.
 TWO_CLASSES = ("partition=pathological", "partition.classes_per_client=2")
 COMPARED: dict[str, tuple[str, Sequence[str]]] = {  # title in the README, and overrides
     "clients-5": ("5 clients, IID, FedAvg", ()),
@@ -52,6 +52,10 @@ COMPARED: dict[str, tuple[str, Sequence[str]]] = {  # title in the README, and o
     "server-rate": (
         "5 clients, IID, FedAvgM without momentum, server rate 2",
         ("strategy=fedavgm", "strategy.server_momentum=0", "strategy.server_learning_rate=2"),
+    ),
+    "short-first-rounds": (
+        "5 clients, IID, FedAvg, first rounds short",
+        ("train.max_steps=35", "train.round_lengths=[0.2,0.4,0.6,0.8,0.8,1,1]"),
     ),
     "fedavgm": ("5 clients, IID, FedAvgM", ("strategy=fedavgm",)),
     "fedadam": ("5 clients, IID, FedAdam", ("strategy=fedadam",)),
@@ -101,19 +105,22 @@ def missing(only: Sequence[str]) -> list[tuple[str, int]]:
 def run_one(name: str, seed: int, path: str, scratch: Path) -> None:
     """Train and evaluate one run, then put its record in place as a whole.
 
-    After an interruption it goes on with the first command that was not finished.
+    After an interruption it goes on with the first command that was not finished,
+    unless those that were are not the same any more.
     """
     output = scratch / name / f"seed{seed}"
     run, finished = output / "run", output / "commands.json"
-    told = json.loads(finished.read_text()) if finished.exists() else []
-    if not told:
-        shutil.rmtree(output, ignore_errors=True)
     places = [f"dataset.path={path}", f"output_dir={output}", f"run_dir={run}"]
     steps = [(["main.py", *RUNS[name], f"seed={seed}"], places)]
     steps += [(["test.py", *more], [f"run={run}"]) for more in EVALUATIONS.get(name, [])]
-    for command, where in steps[len(told) :]:
+    lines = [" ".join(["python", *command]) for command, _ in steps]
+    told = json.loads(finished.read_text()) if finished.exists() else []
+    if not told or [done["command"] for done in told] != lines[: len(told)]:
+        told = []
+        shutil.rmtree(output, ignore_errors=True)
+    for (command, where), line in list(zip(steps, lines, strict=True))[len(told) :]:
         wall = time_command([*command, *where])
-        told.append({"command": " ".join(["python", *command]), "wall_s": round(wall, 1)})
+        told.append({"command": line, "wall_s": round(wall, 1)})
         finished.write_text(json.dumps(told, indent=2) + "\n")
     keep_record(run, RESULTS / name / f"seed{seed}", told)
     shutil.rmtree(output)

@@ -15,6 +15,7 @@ from conftest import ROOT
 from config import flags_to_overrides, load_config
 from embed import name_folder
 from resources import clients_per_round
+from schedule import plan_round
 
 # Who may import whom: a module imports only from lower levels, never its own.
 LEVELS = [
@@ -144,8 +145,10 @@ def test_the_readmes_tables_are_those_of_the_recorded_runs():
 def test_the_clients_of_a_comparison_take_the_same_steps_together(name):
     config = load_config("config", sweep.RUNS[f"sweep/{name}"])
     sampled = clients_per_round(config.num_clients, config.strategy.fraction_train)
+    rounds = range(1, config.num_rounds + 1)
+    lengths = [plan_round(config.train.round_lengths, n, config.num_rounds)[0] for n in rounds]
     steps = config.train.max_steps
-    assert sampled * steps == 120
+    assert sampled * sum(round(length * steps) for length in lengths) == 7 * 120
     images = 50_000 / config.num_clients * (1 - config.held_out)
     # so that no round is cut short by the end of its epochs
     assert steps <= images * config.train.local_epochs / config.train.batch_size
@@ -170,7 +173,10 @@ def test_the_sweep_takes_names_and_seeds_together(tmp_path, monkeypatch):
     assert len(sweep.missing([])) == len(sweep.ONE_SEED) + 3 * len(sweep.COMPARED) - 1
 
 
-def test_an_interrupted_run_of_the_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
+@pytest.mark.parametrize("changed", [False, True])
+def test_an_interrupted_run_of_the_sweep_goes_on_where_it_was_with_the_same_recipe(
+    tmp_path, monkeypatch, changed
+):
     ran = []
 
     def stop_at_the_third(command):
@@ -192,8 +198,12 @@ def test_an_interrupted_run_of_the_sweep_goes_on_where_it_was(tmp_path, monkeypa
     with pytest.raises(SystemExit, match="failed"):
         sweep.run_one("sweep/centralized", 0, "cifar10", tmp_path / "scratch")
     assert not (tmp_path / "results").exists()
+    if changed:
+        more = [*sweep.RUNS["sweep/centralized"], "train.temperature=0.2"]
+        monkeypatch.setitem(sweep.RUNS, "sweep/centralized", more)
     sweep.run_one("sweep/centralized", 0, "cifar10", tmp_path / "scratch")
-    assert ran == ["main.py", "test.py", "test.py", "test.py"]
+    again = ["main.py", "test.py", "test.py"] if changed else ["test.py"]
+    assert ran == ["main.py", "test.py", "test.py", *again]
     record = tmp_path / "results" / "sweep" / "centralized" / "seed0"
     told = json.loads((record / "commands.json").read_text())
     assert [line["wall_s"] for line in told] == [1.2] * 3
