@@ -153,8 +153,8 @@ def test_the_same_seed_gives_the_same_bytes_even_on_a_ray_cluster_of_two_nodes(
 def test_cifar10_goes_the_whole_way(tmp_path, cache_dir, cifar10):
     """All 10,000 test images count."""
     data = ["dataset=cifar10", f"dataset.path={cifar10}", "monitor.bank=200", "monitor.queries=100"]
-    data += ["eval.seeds=1", "eval.label_fraction=0.02", "held_out=0.01", "figures.map_images=5"]
-    data += ["train.view_sizes=[16]"]
+    data += ["eval.seeds=1", "eval.label_fraction=0.02", "eval.baselines=false", "held_out=0.01"]
+    data += ["train.view_sizes=[16]", "figures.map_images=5"]
     output = tmp_path / "outputs"
     places = [f"output_dir={output}", f"cache_dir={cache_dir}"]
     done = start("main.py", *data, "num_rounds=1", "train.max_steps=1", FAST, *places)
