@@ -189,8 +189,7 @@ def train_reply(identity: Identity, message: Message) -> Message:
     site, rows, _ = _prepare(identity, message)
     request = message.content[CONFIG]
     round_number, num_rounds = int(request["server-round"]), int(request["num-rounds"])
-    lengths = site.config.train.get("round_lengths")  # not in older runs
-    length, run_part = plan_round(lengths or [], round_number, num_rounds)
+    length, run_part = plan_round(site.config.train, round_number, num_rounds)
     result = local_train(
         site.model,
         site.pixels,

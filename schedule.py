@@ -40,16 +40,21 @@ def encode_size(
 
 
 def plan_round(
-    lengths: Sequence[float], round_number: int, num_rounds: int
+    train: Mapping[str, Any], round_number: int, num_rounds: int
 ) -> tuple[float, tuple[float, float]]:
     """Give the length of a round, and where it begins and ends within the run, from 0 to 1.
 
     Args:
-        lengths: for equal parts of the run, as shares of a whole round; empty for whole rounds.
+        train: the section, with `round_lengths` for equal parts of the run, as shares of a
+            whole round; without them, as in older runs, all rounds are whole.
     """
-    all_of_them = [value_of_round(lengths or [1.0], n + 1, num_rounds) for n in range(num_rounds)]
-    total, before = sum(all_of_them), sum(all_of_them[: round_number - 1])
-    length = all_of_them[round_number - 1]
+    shares = train.get("round_lengths") or [1.0]
+    lengths = [value_of_round(shares, number, num_rounds) for number in range(1, num_rounds + 1)]
+    length, before, total = (
+        lengths[round_number - 1],
+        sum(lengths[: round_number - 1]),
+        sum(lengths),
+    )
     return length, (before / total, (before + length) / total)
 
 

@@ -80,7 +80,7 @@ def train_round(
     chosen = np.random.default_rng((config.seed, number)).permutation(len(parts))[:sampled]
     device, rounds = choose_device(), config.num_rounds
     size = view_size(config.train.view_sizes, config.dataset.image_size, number, rounds)
-    length, run_part = plan_round(config.train.round_lengths, number, rounds)
+    length, run_part = plan_round(config.train, number, rounds)
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if getattr(strategy, "current_arrays", start) is None:  # as when Flower sends them out
         strategy.current_arrays = combinable(strategy, model, start)

@@ -146,7 +146,7 @@ def test_the_clients_of_a_comparison_take_the_same_steps_together(name):
     config = load_config("config", sweep.RUNS[f"sweep/{name}"])
     sampled = clients_per_round(config.num_clients, config.strategy.fraction_train)
     rounds = range(1, config.num_rounds + 1)
-    lengths = [plan_round(config.train.round_lengths, n, config.num_rounds)[0] for n in rounds]
+    lengths = [plan_round(config.train, n, config.num_rounds)[0] for n in rounds]
     steps = config.train.max_steps
     assert sampled * sum(round(length * steps) for length in lengths) == 7 * 120
     images = 50_000 / config.num_clients * (1 - config.held_out)

@@ -17,13 +17,14 @@ def test_images_are_encoded_as_the_views_unless_told_otherwise():
     assert encode_size({"view_sizes": [48]}, 32, 1, 2) == 32  # images are never enlarged
 
 
-def test_rounds_are_whole_unless_told_otherwise():
-    plans = [plan_round([], number, 4) for number in range(1, 5)]
+@pytest.mark.parametrize("train", [{}, {"round_lengths": []}])
+def test_rounds_are_whole_unless_told_otherwise(train):
+    plans = [plan_round(train, number, 4) for number in range(1, 5)]
     assert plans == [(1.0, (0.0, 0.25)), (1.0, (0.25, 0.5)), (1.0, (0.5, 0.75)), (1.0, (0.75, 1.0))]
 
 
 def test_short_rounds_take_as_little_of_the_schedule_and_leave_no_gap():
-    plans = [plan_round([0.1, 0.5, 1], number, 6) for number in range(1, 7)]
+    plans = [plan_round({"round_lengths": [0.1, 0.5, 1]}, number, 6) for number in range(1, 7)]
     assert [length for length, _ in plans] == [0.1, 0.1, 0.5, 0.5, 1, 1]
     parts = [part for _, part in plans]
     assert parts[0][0] == 0
