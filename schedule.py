@@ -10,8 +10,11 @@ from typing import Any
 
 
 def value_of_round(values: Sequence[Any], round_number: int, num_rounds: int) -> Any:
-    """Choose a round's value out of some for equal parts of the run, at least one."""
-    return values[(round_number - 1) * len(values) // num_rounds]
+    """Choose a round's value out of some for equal parts of the run, at least one.
+
+    A round past the last, as of a checkpoint from a longer run, is taken for the last.
+    """
+    return values[(min(round_number, num_rounds) - 1) * len(values) // num_rounds]
 
 
 def view_size(sizes: Sequence[int], image_size: int, round_number: int, num_rounds: int) -> int:

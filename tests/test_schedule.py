@@ -8,6 +8,7 @@ def test_view_sizes_have_equal_parts_of_the_run():
     assert sizes == [16, 16, 16, 24, 24, 32, 32]
     assert [view_size([16, 24, 32], 32, number, 2) for number in (1, 2)] == [16, 24]
     assert view_size([], 32, 3, 7) == 32
+    assert view_size([16, 32], 32, 9, 7) == 32  # a checkpoint of a longer run
 
 
 def test_images_are_encoded_as_the_views_unless_told_otherwise():
