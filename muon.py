@@ -3,7 +3,7 @@
 K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks",
 https://kellerjordan.github.io/posts/muon/, with their coefficients. The one of
 `torch.optim` takes no convolutions and computes in bfloat16 always, which processors
-without it only emulate.
+without it only emulate; this one computes in bfloat16 where training does.
 """
 
 from collections.abc import Iterable
@@ -49,15 +49,23 @@ class Muon(Optimizer):
     sqrt(max(1, outputs / inputs)), as its authors do.
     """
 
-    def __init__(self, weights: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+    def __init__(
+        self,
+        weights: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         """Set the optimizer up.
 
         Args:
             weights: floats, matrices (O, I) or convolutions (O, I, H, W).
             lr: the length of a step in each direction of the matrix.
             momentum: 0 up to 1.
+            dtype: of the matrix products, which the method lets be coarse.
         """
         super().__init__(weights, {"lr": lr, "momentum": momentum})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -73,10 +81,11 @@ class Muon(Optimizer):
             state["velocity"] = torch.zeros_like(weight)
         velocity = state["velocity"].mul_(momentum).add_(weight.grad)
         ahead, taps = (_taps_inside(w) for w in (weight.grad.add(velocity, alpha=momentum), weight))
-        used = ahead.abs().sum((0, 3)) > 0  # on small maps outer taps only see padding
+        # On small maps outer taps only see padding.
+        used = torch.linalg.vector_norm(ahead, dim=(0, 3)) > 0
         where = slice(None) if used.all() else (slice(None), used)
         direction = ahead[where]
-        step = orthogonalize(direction.flatten(1)).reshape(direction.shape)
+        step = orthogonalize(direction.flatten(1).to(self.dtype)).reshape(direction.shape)
         taps[where] -= lr * max(1, len(weight) / weight[0].numel()) ** 0.5 * step
 
 

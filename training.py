@@ -63,8 +63,14 @@ def make_optimization(spec: Mapping[str, Any]) -> Optimization:
     return Optimization(**{field.name: spec[field.name] for field in fields(Optimization)})
 
 
-def make_optimizers(model: SimCLR, settings: Optimization) -> list[Optimizer]:
-    """Build what moves the weights, at the peak of the learning rates."""
+def make_optimizers(
+    model: SimCLR, settings: Optimization, dtype: torch.dtype = torch.float32
+) -> list[Optimizer]:
+    """Build what moves the weights, at the peak of the learning rates.
+
+    Args:
+        dtype: of Muon's products; the weights and their momentum are floats.
+    """
     muon, others = [], []
     for weight in model.parameters():
         inner = weight.dim() > 1 and weight is not model.encoder.conv1.weight
@@ -74,7 +80,7 @@ def make_optimizers(model: SimCLR, settings: Optimization) -> list[Optimizer]:
         torch.optim.SGD(others, rate, momentum=momentum, weight_decay=decay)
     ]
     if muon:
-        optimizers.append(Muon(muon, settings.muon_learning_rate, settings.muon_momentum))
+        optimizers.append(Muon(muon, settings.muon_learning_rate, settings.muon_momentum, dtype))
     return optimizers
 
 
@@ -121,7 +127,7 @@ def local_train(
         proximal_mu: weight of FedProx's term, mu / 2 * |w - w_global|^2
             (https://arxiv.org/abs/1812.06127); 0 for none.
         generator: on the CPU; decides the order and the views.
-        dtype: autocast type of the forward pass, float32 for none.
+        dtype: autocast type of the forward pass and of Muon's products, float32 for none.
 
     Raises:
         ValueError: fewer than two images.
@@ -134,7 +140,7 @@ def local_train(
     steps = settings.local_epochs * batches_per_epoch
     steps = min(steps, settings.max_steps) if settings.max_steps else steps
     steps = max(1, round(length * steps))
-    optimizers = make_optimizers(model, settings)
+    optimizers = make_optimizers(model, settings, dtype)
     share = batch_size / settings.batch_size
     anchor = [p.detach().clone() for p in model.parameters()] if proximal_mu > 0 else []
     model.train()

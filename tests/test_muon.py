@@ -18,6 +18,18 @@ def test_singular_values_come_near_one_and_directions_stay(shape):
     assert turned.diag().max() < 1.25
 
 
+def test_bfloat16_is_precise_enough():
+    matrix = torch.randn(64, 300, generator=torch.Generator().manual_seed(0))
+    exact, coarse = orthogonalize(matrix), orthogonalize(matrix.bfloat16())
+    assert coarse.dtype == torch.bfloat16
+    assert (coarse - exact).norm() < 0.04 * exact.norm()
+    weight = nn.Parameter(torch.zeros(64, 300))
+    weight.grad = matrix
+    Muon([weight], lr=0.1, dtype=torch.bfloat16).step()
+    assert weight.dtype == torch.float32
+    torch.testing.assert_close(weight.detach(), -0.1 * coarse.float())
+
+
 def test_taps_that_nothing_reaches_stay_and_cost_nothing(monkeypatch):
     shapes = []
     monkeypatch.setattr("muon.orthogonalize", lambda m: shapes.append(m.shape) or orthogonalize(m))
