@@ -27,7 +27,7 @@ def test_bfloat16_is_precise_enough():
     weight.grad = matrix
     Muon([weight], lr=0.1, dtype=torch.bfloat16).step()
     assert weight.dtype == torch.float32
-    torch.testing.assert_close(weight.detach(), -0.1 * coarse.float())
+    assert (weight.detach() + 0.1 * exact).norm() < 0.004 * exact.norm()
 
 
 def test_taps_that_nothing_reaches_stay_and_cost_nothing(monkeypatch):
