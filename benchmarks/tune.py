@@ -2,9 +2,11 @@
 
     python benchmarks/tune.py --path=cifar10-parquet experiment=cifar10_sweep
     python benchmarks/tune.py --path=cifar10-parquet --encode=24,32 experiment=cifar10_cpu
+    python benchmarks/tune.py seed=1             # without a path, on the digits
 
 Of the 50,000 training images 4,000 are kept apart, the others are dealt out to the clients.
 After the last round linear head and kNN, both with 5,000 labels, are scored on the 4,000.
+Of the digits it is 300, with 115 labels, and the mean of ten draws of these.
 Overrides are those of main.py; the partition is always IID. Every trial is a line of
 results/tuning.jsonl. Those without a commit are by drafts of this script: the
 ones with `arguments` had one client alone with 9,000 images, and flags for what main.py does
@@ -55,16 +57,20 @@ from updates import Update  # noqa: E402
 from utils import Images, choose_device, choose_dtype, generator_for, open_image_set  # noqa: E402
 
 TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1  # messages ask for them
-VALIDATION, LABELLED = 4000, 5000
+# By dataset: images kept apart, images with labels, and draws of these.
+SIZES = {"cifar10": (4000, 5000, 1), "digits": (300, 115, 10)}
 
 
-def split_images(labels: np.ndarray, num_clients: int) -> tuple[list[np.ndarray], ...]:
-    """Draw the clients' rows; and those with labels, and those that are scored."""
-    order = np.random.default_rng(0).permutation(len(labels))
-    held, rest = np.sort(order[:VALIDATION]), np.sort(order[VALIDATION:])
-    labelled = rest[draw_labelled(labels[rest], LABELLED / len(rest), 0)]
-    dealt = np.array_split(np.random.default_rng(1).permutation(rest), num_clients)
-    return dealt, [labelled, held]
+def split_images(
+    labels: np.ndarray, config: DictConfig
+) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
+    """Draw the clients' rows, several times those with labels, and those that are scored."""
+    validation, labelled, draws = SIZES[config.dataset.name]
+    order = np.random.default_rng(config.seed).permutation(len(labels))
+    held, rest = np.sort(order[:validation]), np.sort(order[validation:])
+    drawn = [rest[draw_labelled(labels[rest], labelled / len(rest), i)] for i in range(draws)]
+    shuffled = np.random.default_rng(config.seed + 1).permutation(rest)
+    return np.array_split(shuffled, config.num_clients), drawn, held
 
 
 def train_round(
@@ -109,24 +115,31 @@ def train_round(
 
 
 def score(
-    model: SimCLR, images: Images, rows: list[np.ndarray], config: DictConfig, size: int
+    model: SimCLR,
+    images: Images,
+    labelled: list[np.ndarray],
+    held: np.ndarray,
+    config: DictConfig,
+    size: int,
 ) -> dict[str, float]:
     """Score linear head and kNN on images of so many pixels, in percent."""
     device = choose_device()
     dtype = choose_dtype(config.precision, device)
-    features, queries = (
-        extract_features(model, images.pixels[some], device, dtype, 256, size) for some in rows
-    )
-    labels, answers = (images.labels[some] for some in rows)
-    predict = train_linear_head(features, labels, 10, config.eval, 0)
-    linear = float((predict(queries) == answers).mean())
-    knn = knn_accuracy(features, labels, queries, answers, 10)
-    return {"linear_head": round(100 * linear, 1), "knn": round(100 * knn, 1)}
+    used = np.unique(np.concatenate([*labelled, held]))
+    features = extract_features(model, images.pixels[used], device, dtype, 256, size)
+    asked, answers = features[np.searchsorted(used, held)], images.labels[held]
+    classes, linear, knn = int(images.labels.max()) + 1, [], []
+    for draw, rows in enumerate(labelled):
+        known, labels = features[np.searchsorted(used, rows)], images.labels[rows]
+        predict = train_linear_head(known, labels, classes, config.eval, draw)
+        linear.append(100 * float((predict(asked) == answers).mean()))
+        knn.append(100 * knn_accuracy(known, labels, asked, answers, 10))
+    return {"linear_head": round(np.mean(linear), 1), "knn": round(np.mean(knn), 1)}
 
 
 def try_recipe(config: DictConfig, images: Images, sizes: list[int]) -> dict[str, Any]:
     """Train all rounds and score; give the losses, images and seconds too."""
-    parts, rows = split_images(images.labels, config.num_clients)
+    parts, labelled, held = split_images(images.labels, config)
     model = build_model(config.model, config.dataset, config.seed, choose_device())
     strategy = make_strategy(config.strategy)
     began, seen, losses = time.perf_counter(), 0, []
@@ -136,7 +149,7 @@ def try_recipe(config: DictConfig, images: Images, sizes: list[int]) -> dict[str
         losses.append(round(float(np.mean([result.loss for result in results])), 3))
         print(f"round {number}/{config.num_rounds}: loss {losses[-1]}", flush=True)
     train_s = round(time.perf_counter() - began)
-    scores = {str(size): score(model, images, rows, config, size) for size in sizes}
+    scores = {str(size): score(model, images, labelled, held, config, size) for size in sizes}
     return {"losses": losses, "images": seen, "train_s": train_s, "by_pixels": scores}
 
 
@@ -148,7 +161,7 @@ def whole_numbers(text: str) -> list[int]:
 def main() -> None:
     """Run one trial and record it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--path", required=True, help="a local copy of uoft-cs/cifar10")
+    parser.add_argument("--path", help="of uoft-cs/cifar10; without it, digits")
     parser.add_argument("--encode", type=whole_numbers, help="sizes to score, in pixels: 16,24")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "tuning.jsonl")
     parser.add_argument("overrides", nargs="*")
@@ -156,8 +169,11 @@ def main() -> None:
     torch.set_num_threads(count_cores())
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # it tells of every aggregation
     try:
-        config = load_config("config", ["dataset=cifar10", *given.overrides])
+        dataset = ["dataset=cifar10"] if given.path else []
+        config = load_config("config", [*dataset, *given.overrides])
         config.dataset.path = given.path
+        if config.dataset.name not in SIZES:
+            raise UserError(f"dataset={config.dataset.name}: trials are of {' or '.join(SIZES)}")
         images = open_image_set(config.dataset, config.cache_dir, config.seed, report=print).train
     except UserError as error:
         parser.error(str(error))
