@@ -53,12 +53,12 @@ def find_warnings(row: Mapping[str, Any]) -> list[str]:
     if uniformity is not None and uniformity > COLLAPSED_UNIFORMITY:
         found.append(
             f"the representation has collapsed to a point (uniformity {uniformity:.3f}); "
-            "lower train.learning_rate or raise train.batch_size"
+            "lower the learning rate or raise train.batch_size"
         )
     elif rank is not None and rank < COLLAPSED_RANK:
         found.append(
             f"the representation has collapsed to a line (effective rank {rank:.2f}); lower "
-            "train.learning_rate or raise train.batch_size"
+            "the learning rate or raise train.batch_size"
         )
     return found + _find_drift([c for c in row["clients"] if "step" in c])
 

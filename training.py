@@ -163,7 +163,8 @@ def local_train(
     model.zero_grad(set_to_none=True)  # the model outlives the round, gradients need not
     loss = float(losses.mean())
     if not math.isfinite(loss):
-        raise FloatingPointError(f"the training loss became {loss}; lower train.learning_rate")
+        rates = ["train.learning_rate", "train.muon_learning_rate"][: len(optimizers)]
+        raise FloatingPointError(f"the training loss became {loss}; lower {' or '.join(rates)}")
     elapsed = time.perf_counter() - began
     return TrainResult(loss, steps * batch_size, steps * batch_size / elapsed)
 

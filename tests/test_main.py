@@ -173,8 +173,8 @@ def test_every_way_to_deal_out_the_images_is_ready_to_start(tmp_path, cache_dir,
 
 
 def test_memory_does_not_grow_over_rounds(tmp_path, cache_dir):
-    """Ten virtual clients, two at a time, ten rounds: the processes' own memory."""
-    arguments = ["num_clients=10", "num_rounds=10", "train.local_epochs=1", "monitor.bank=100"]
+    """Six virtual clients, two at a time, ten rounds: the processes' own memory."""
+    arguments = ["num_clients=6", "num_rounds=10", "train.local_epochs=1", "monitor.bank=100"]
     arguments += ["figures.map_images=5", "monitor.queries=50"]
     arguments += [f"output_dir={tmp_path}", f"cache_dir={cache_dir}", "eval.seeds=1", FAST]
     process = subprocess.Popen(

@@ -169,9 +169,13 @@ def test_the_rate_falls_over_the_whole_run(train, config):
     assert distance(late, start) < 0.2 * distance(early, start)
 
 
-def test_a_diverged_loss_is_an_error_that_names_the_remedy(train):
-    with pytest.raises(FloatingPointError, match=r"lower train\.learning_rate"):
-        train(learning_rate=1e30, local_epochs=3)
+@pytest.mark.parametrize(
+    ("optimizer", "remedy"),
+    [("sgd", "train.learning_rate"), ("muon", "train.learning_rate or train.muon_learning_rate")],
+)
+def test_a_diverged_loss_is_an_error_that_names_the_remedy(train, optimizer, remedy):
+    with pytest.raises(FloatingPointError, match=f"lower {remedy}$"):
+        train(optimizer=optimizer, learning_rate=1e30, muon_learning_rate=1e30, local_epochs=3)
 
 
 def test_fedprox_keeps_the_weights_near_the_global_ones(train, config):
