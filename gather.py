@@ -52,13 +52,17 @@ def find_runs(places: Sequence[Path]) -> list[RunDirectory]:
 
 
 def read_settings(run: RunDirectory) -> dict[str, Any]:
-    """Read what a run was configured with, as far as it decides the result."""
+    """Read what a run was configured with, as far as it decides the result.
+
+    A setting without a value is left out: an older run may not have known it.
+    """
     leaves = flatten(run.load_config())
     kept = HARMLESS - {"num_rounds", "precision", "max_step_ratio"}
     return {
         key: str(value) if isinstance(value, list) else value
         for key, value in leaves.items()
         if key not in kept and not key.startswith(("eval.", "figures.")) and ".seed" not in key
+        if value not in (None, [])
     }
 
 
