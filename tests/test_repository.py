@@ -141,6 +141,24 @@ def test_the_readmes_tables_are_those_of_the_recorded_runs():
     assert f"encoder {untrained.split()[0]} %)" in text
 
 
+def test_the_readmes_distances_of_a_federation_are_those_of_the_recorded_runs():
+    def score(name, method):
+        (results,) = tables.read_seeds(name)
+        return 100 * tables.find_score(results, "federated SimCLR", method)["mean"]
+
+    def gap(one, other):
+        return [f"{score(one, how) - score(other, how):.1f}" for how in ("linear head", "kNN")]
+
+    text = " ".join(README.split())
+    head, knn = gap("cifar10_cpu_centralized", "cifar10_cpu")
+    assert f"stays {head} points (kNN {knn}) below" in text
+    head, knn = gap("cifar10_cpu", "cifar10_cpu_client_alone")
+    assert f"is {head} (kNN {knn}) above a client alone" in text
+    train = load_config("config", sweep.RUNS["cifar10_cpu"]).train
+    steps = sum(round(train.max_steps * plan_round(train, n, 7)[0]) for n in range(1, 8))
+    assert f"({steps:,} of {train.batch_size} images" in text
+
+
 @pytest.mark.parametrize("name", [name for name in sweep.COMPARED if name != "client-alone"])
 def test_the_clients_of_a_comparison_take_the_same_steps_together(name):
     config = load_config("config", sweep.RUNS[f"sweep/{name}"])
