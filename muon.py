@@ -17,7 +17,7 @@ ITERATIONS = 3  # of the five that its authors take: as good in a trial, and che
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """Bring the singular values of a float matrix (M, N) near one, between 0.6 and 1.2.
+    """Bring the singular values of a matrix (M, N) near one, between 0.6 and 1.2.
 
     Newton-Schulz, X <- (a + b X X' + c (X X')^2) X, on the smaller Gram matrix alone, so
     that the long side counts twice and not with every iteration. Singular values below a
@@ -62,7 +62,7 @@ class Muon(Optimizer):
             weights: floats, matrices (O, I) or convolutions (O, I, H, W).
             lr: the length of a step in each direction of the matrix.
             momentum: 0 up to 1.
-            dtype: of the matrix products, which the method lets be coarse.
+            dtype: of the matrix products, float32 or bfloat16; weights and momentum stay floats.
         """
         super().__init__(weights, {"lr": lr, "momentum": momentum})
         self.dtype = dtype

@@ -61,13 +61,14 @@ COMPARED: dict[str, tuple[str, Sequence[str]]] = {  # title in the README, and o
     "fedadam": ("5 clients, IID, FedAdam", ("strategy=fedadam",)),
 }
 FIRST = "clients-5"  # has the baselines too, which are the same for all runs of a seed
-BUDGETS = {name: [f"experiment={name}"] for name in ("cifar10_cpu", "cifar10_cpu_long")}
-# What a federation of that budget stands between: as many steps one after the other on a fifth of
-# the images, and all images with the steps of both clients of a round one after the other.
-FOR_BUDGET = ["experiment=cifar10_cpu", "strategy.fraction_train=1", "eval.baselines=false"]
-BUDGETS |= {
-    "cifar10_cpu_client_alone": [*FOR_BUDGET, "participants=[0]"],
-    "cifar10_cpu_centralized": [*FOR_BUDGET, "num_clients=1", "train.max_steps=880"],
+# Beside that budget what a federation stands between: as many steps one after the other on a fifth
+# of the images, and all images with the steps of both clients of a round one after the other.
+BETWEEN = ("experiment=cifar10_cpu", "strategy.fraction_train=1", "eval.baselines=false")
+BUDGETS = {
+    "cifar10_cpu": ["experiment=cifar10_cpu"],
+    "cifar10_cpu_client_alone": [*BETWEEN, "participants=[0]"],
+    "cifar10_cpu_centralized": [*BETWEEN, "num_clients=1", "train.max_steps=880"],
+    "cifar10_cpu_long": ["experiment=cifar10_cpu_long"],
 }
 RUNS: dict[str, list[str]] = BUDGETS | {
     f"sweep/{name}": [
@@ -77,7 +78,7 @@ RUNS: dict[str, list[str]] = BUDGETS | {
     ]
     for name, (_, overrides) in COMPARED.items()
 }
-# The budgets take long, and of what does not help one seed is enough.
+# The budgets take long, and the other strategies get more seeds once a first one helps.
 ONE_SEED = {*BUDGETS} | {
     f"sweep/{name}" for name in ("short-first-rounds", "two-classes-fedprox", "fedavgm", "fedadam")
 }

@@ -24,7 +24,7 @@ DIGITS = (
     ("random encoder", "linear head"),
     ("raw pixels", "logistic regression"),
 )
-BUDGETS = {  # of recorded runs, what the README calls them
+BUDGET_TITLES = {  # what the README calls the runs
     "cifar10_cpu": "`cifar10_cpu`",
     "cifar10_cpu_client_alone": "one of its clients alone",
     "cifar10_cpu_centralized": "all its images in one place",
@@ -94,7 +94,7 @@ def budget_table() -> list[str]:
     """Tabulate the experiments with a fixed budget."""
     names = ("linear head, 10 %", "kNN, 10 %", "random encoder", "raw pixels", "rounds", "all")
     lines = head("experiment", *names)
-    for name, title in BUDGETS.items():
+    for name, title in BUDGET_TITLES.items():
         seeds, times = read_seeds(name), ["", ""]
         if seeds:
             folder = RESULTS / name / "seed0"

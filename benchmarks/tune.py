@@ -6,10 +6,12 @@
 
 Of the 50,000 training images 4,000 are kept apart, the others are dealt out to the clients.
 After the last round linear head and kNN, both with 5,000 labels, are scored on the 4,000.
-Of the digits it is 300, with 115 labels, and the mean of ten draws of these.
-Overrides are those of main.py; the partition is always IID. Every trial is a line of
-results/tuning.jsonl. Those without a commit are by drafts of this script: the
-ones with `arguments` had one client alone with 9,000 images, and flags for what main.py does
+Of the digits it is 300, with 115 labels, and the mean of ten draws of these; their trials are
+those scored at 8 pixels, with the defaults of their commit. Overrides are those of main.py; the
+partition is always IID.
+
+Every trial is a line of results/tuning.jsonl. Those without a commit are by drafts of this script:
+the ones with `arguments` had one client alone with 9,000 images, and flags for what main.py does
 not offer because it did not help (the script of commit 34d44f9 gives the same); the two with
 `train.round_lengths` are as they say; the five others with `overrides` dealt images and clients
 out by other random numbers, and their losses are means of the last 20 steps of a round instead
@@ -161,7 +163,7 @@ def whole_numbers(text: str) -> list[int]:
 def main() -> None:
     """Run one trial and record it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--path", help="of uoft-cs/cifar10; without it, digits")
+    parser.add_argument("--path", help="a local copy of uoft-cs/cifar10; default: the digits")
     parser.add_argument("--encode", type=whole_numbers, help="sizes to score, in pixels: 16,24")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "tuning.jsonl")
     parser.add_argument("overrides", nargs="*")

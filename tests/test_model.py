@@ -105,9 +105,8 @@ def test_the_encoder_computes_what_torchvisions_does(size):
     theirs = torchvision.models.resnet18()
     theirs.fc = torch.nn.Identity()
     theirs.load_state_dict(ours.state_dict())
-    images = torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(0))
-    found, expected = ours(images), theirs(images)  # BatchNorm over four values magnifies rounding
-    assert (found - expected).norm() < 1e-3 * expected.norm()
+    images = torch.rand(16, 3, size, size)  # BatchNorm over a few values magnifies rounding
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("names", [("resnet34", "imagenet"), ("resnet18", "wide")])
