@@ -80,7 +80,7 @@ RUNS: dict[str, list[str]] = BUDGETS | {
 }
 # The budgets take long, and the other strategies get more seeds once a first one helps.
 ONE_SEED = {*BUDGETS} | {
-    f"sweep/{name}" for name in ("short-first-rounds", "two-classes-fedprox", "fedavgm", "fedadam")
+    f"sweep/{name}" for name in ("short-first-rounds", "two-classes-fedprox", "fedadam")
 }
 # Evaluations besides that of main.py, by run.
 EVALUATIONS: dict[str, list[list[str]]] = {
