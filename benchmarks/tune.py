@@ -38,6 +38,7 @@ import numpy as np
 import torch
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy.fedopt import FedOpt
 from flwr.supercore.task_identity import TaskIdentity
 from omegaconf import DictConfig
 
@@ -90,8 +91,11 @@ def train_round(
     size = view_size(config.train.view_sizes, config.dataset.image_size, number, rounds)
     length, run_part = plan_round(config.train, number, rounds)
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    if getattr(strategy, "current_arrays", start) is None:  # as when Flower sends them out
-        strategy.current_arrays = combinable(strategy, model, start)
+    sent = combinable(strategy, model, start)  # strategies note what Flower sends out
+    if isinstance(strategy, FedOpt):
+        strategy.current_arrays = {name: array.numpy() for name, array in sent.items()}
+    elif getattr(strategy, "current_arrays", start) is None:
+        strategy.current_arrays = sent
     results, updates = [], []
     for client in map(int, chosen):
         model.load_state_dict(start)
