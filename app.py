@@ -9,8 +9,6 @@ A SuperNode says in its node configuration which part of the data it holds:
 folder of its own. `client1` and `client2` hold the two halves.
 """
 
-import environment  # noqa: F401  isort: skip
-
 import logging
 import shlex
 from collections.abc import Mapping
@@ -23,9 +21,10 @@ from flwr.serverapp import Grid, ServerApp
 from omegaconf import DictConfig, OmegaConf
 
 from client import Identity, make_client_app
-from config import load_config
-from errors import UserError
-from utils import ImageSet, open_image_set
+from fedssl.config.compose import load_config
+from fedssl.data.cache import open_image_set
+from fedssl.data.image_set import ImageSet
+from fedssl.errors import UserError
 
 DEFAULTS = ["num_clients=2"]
 HALVES = {"client1": 0, "client2": 1}
@@ -112,11 +111,11 @@ client2 = make_client_app(lambda context: identify(context, "client2"))
 def main(grid: Grid, context: Context) -> None:
     """Train all rounds and leave the same run directory as main.py."""
     # Imported here: on SuperNodes every message starts a process that imports this module.
-    from figures import draw_loss_graph
-    from nodes import Nodes
-    from resume import reopen
-    from rundir import RunDirectory
-    from server import Federation
+    from fedssl.federation.nodes import Nodes
+    from fedssl.federation.rounds import Federation
+    from fedssl.reporting.figures import draw_loss_graph
+    from fedssl.runs.directory import RunDirectory
+    from fedssl.runs.resume import reopen
 
     config: DictConfig = OmegaConf.create(config_text(context))
     image_set = open_servers_images(config)

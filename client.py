@@ -12,22 +12,20 @@ from flwr.clientapp.typing import Mod
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from augment import Augmentation, make_augmentation
-from errors import UserError
-from model import SimCLR, build_model, load_state
-from partitions import open_partitions, split_held_out
-from schedule import plan_round, view_size
-from training import hold_images, local_loss, local_train, make_optimization
-from utils import (
-    Images,
-    choose_device,
-    choose_dtype,
-    derive_seed,
-    generator_for,
-    open_image_set,
-    release_memory,
-)
-from wire import pack_state, unpack_state
+from fedssl.compute import choose_device, choose_dtype, release_memory
+from fedssl.data.cache import open_image_set
+from fedssl.data.image_set import Images
+from fedssl.data.partitions import open_partitions, split_held_out
+from fedssl.data.views import Augmentation, make_augmentation
+from fedssl.errors import UserError
+from fedssl.federation.messages import pack_state, unpack_state
+from fedssl.networks.state import load_state
+from fedssl.seeding import derive_seed, generator_for
+from fedssl.training.local import hold_images, local_loss, local_train
+from fedssl.training.optimizers import make_optimization
+from fedssl.training.schedule import plan_round, view_size
+from model import SimCLR
+from utils import build_model
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 

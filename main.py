@@ -6,8 +6,7 @@ python main.py dataset=cifar10 dataset.path=DIR
 python main.py resume=latest
 """
 
-import environment  # noqa: F401  isort: skip
-from answers import answer
+from fedssl.config.help import answer
 
 if __name__ == "__main__":
     answer("config")  # before the imports below, which take seconds
@@ -25,30 +24,31 @@ from flwr.simulation import run_simulation
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from checkpoints import Checkpoint
 from client import make_client_app, simulated
-from config import run_entry
-from display import RoundProgress, Waiting, make_report, print_results
-from errors import WARNING, UserError
-from figures import draw_loss_graph
-from files import check_writable
-from model import build_model
-from nodes import Nodes
-from partitions import open_partitions, split_held_out
-from report import write_report
-from resources import ClientResources, clients_per_round, find_machines, plan_resources
-from resume import check_continuation, find_run, reopen, with_earlier_overrides
-from rundir import RunDirectory
-from server import Federation
-from strategies import make_strategy
-from test import check_evaluable, evaluate_run
-from utils import (
-    ImageSet,
-    choose_device,
-    choose_dtype,
-    name_some,
-    open_image_set,
+from fedssl.compute import choose_device, choose_dtype
+from fedssl.config.command_line import run_entry
+from fedssl.data.cache import name_some, open_image_set
+from fedssl.data.image_set import ImageSet
+from fedssl.data.partitions import open_partitions, split_held_out
+from fedssl.errors import WARNING, UserError
+from fedssl.federation.aggregation import make_strategy
+from fedssl.federation.nodes import Nodes
+from fedssl.federation.resources import (
+    ClientResources,
+    clients_per_round,
+    find_machines,
+    plan_resources,
 )
+from fedssl.federation.rounds import Federation
+from fedssl.files import check_writable
+from fedssl.reporting.console import RoundProgress, Waiting, make_report, print_results
+from fedssl.reporting.figures import draw_loss_graph
+from fedssl.reporting.page import write_report
+from fedssl.runs.checkpoints import Checkpoint
+from fedssl.runs.directory import RunDirectory
+from fedssl.runs.resume import check_continuation, find_run, reopen, with_earlier_overrides
+from test import check_evaluable, evaluate_run
+from utils import build_model
 
 
 def prepare(config: DictConfig) -> tuple[ClientResources, ImageSet]:
@@ -190,7 +190,10 @@ def print_ending(config: DictConfig, run: RunDirectory, labelled: bool) -> None:
         board: "the curves of all runs",
     }
     if not labelled:
-        commands = {"python embed.py FOLDER": "the features of images", board: commands[board]}
+        commands = {
+            "python -m scripts.embed FOLDER": "the features of images",
+            board: commands[board],
+        }
     print("Next")
     for command, purpose in commands.items():
         print(f"  {command:38} {purpose}")
@@ -255,7 +258,7 @@ def try_report(run: RunDirectory, config: DictConfig, image_set: ImageSet) -> No
         write_report(run, config, config.figures, image_set)
     except Exception as error:
         reason = f"{WARNING}no report ({type(error).__name__}: {error}); "
-        make_report(config.quiet)(f"{reason}python report.py tries again")
+        make_report(config.quiet)(f"{reason}python -m scripts.report tries again")
 
 
 if __name__ == "__main__":

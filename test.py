@@ -8,7 +8,7 @@ python test.py mode=supervised          # instead: the same network on the label
 python test.py dataset=imagefolder dataset.path=labelled label_fraction=1
 """
 
-from answers import answer
+from fedssl.config.help import answer
 
 if __name__ == "__main__":
     answer("test")  # before the imports below, which take seconds
@@ -27,17 +27,25 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from augment import make_augmentation
-from checkpoints import load_checkpoint
-from config import run_entry
-from display import Waiting, make_report, print_results
-from errors import UserError
-from features import extract_features, knn_accuracy
-from heads import draw_labelled, finetune, train_linear_head, train_supervised
-from model import SimCLR, build_model, load_state
-from rundir import RunDirectory, provenance
-from schedule import encode_size
-from utils import ImageSet, choose_device, choose_dtype, derive_seed, open_image_set
+from fedssl.compute import choose_device, choose_dtype
+from fedssl.config.command_line import run_entry
+from fedssl.data.cache import open_image_set
+from fedssl.data.image_set import ImageSet
+from fedssl.data.views import make_augmentation
+from fedssl.errors import UserError
+from fedssl.evaluation.features import extract_features
+from fedssl.evaluation.finetune import finetune
+from fedssl.evaluation.knn import knn_accuracy
+from fedssl.evaluation.linear import draw_labelled, train_linear_head
+from fedssl.evaluation.supervised import train_supervised
+from fedssl.reporting.console import Waiting, make_report, print_results
+from fedssl.runs.checkpoints import load_checkpoint
+from fedssl.runs.directory import RunDirectory
+from fedssl.runs.provenance import provenance
+from fedssl.seeding import derive_seed
+from fedssl.training.schedule import encode_size
+from model import SimCLR
+from utils import build_model, load_trained
 
 PROTOCOL = (
     *("label_fraction", "seeds", "epochs", "batch_size", "learning_rate", "weight_decay"),
@@ -185,24 +193,6 @@ def check_evaluable(settings: Mapping[str, Any], image_set: ImageSet, seed: int)
     if image_set.test is None or image_set.test.labels is None or image_set.train.labels is None:
         raise UserError("these images have no labels, so there is nothing to evaluate against")
     draw_labelled(image_set.train.labels, settings["label_fraction"], seed)
-
-
-def load_trained(config: DictConfig, checkpoint: Path, device: torch.device) -> tuple[SimCLR, int]:
-    """Load a checkpoint of a run; return the model and its round.
-
-    Raises:
-        UserError: a damaged checkpoint, or one of another architecture.
-    """
-    model = build_model(config.model, config.dataset, config.seed, device)
-    loaded = load_checkpoint(checkpoint)
-    try:
-        load_state(model, loaded.state)
-    except ValueError as error:
-        raise UserError(
-            f"checkpoint={checkpoint}: of another architecture than {config.model.encoder} "
-            f"with stem {model.stem} ({error}); evaluate it with its own run"
-        ) from error
-    return model, loaded.round
 
 
 def evaluate_run(

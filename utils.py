@@ -1,296 +1,56 @@
-"""Image sets, seeds, device and precision: what every process prepares alike."""
+"""From configuration to objects: what every process prepares alike."""
 
-import ctypes
-import hashlib
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from omegaconf import DictConfig
 
-import sources
-from errors import WARNING, UserError
-from files import sync_folder, write_atomically
-from sources import Encoded, Source, decode_batches
-
-CACHE_FORMAT = 2
-DECODE_BATCH = 1024
-MAX_NAMES = 5  # of unreadable files, in messages
-
-Report = Callable[[str], None]
+from fedssl.errors import UserError
+from fedssl.networks.encoder import stem_for
+from fedssl.networks.state import load_state
+from fedssl.runs.checkpoints import load_checkpoint
+from model import SimCLR
 
 
-@dataclass(frozen=True)
-class Images:
-    """Decoded images: uint8 (N, 3, S, S), memory-mapped, and int64 labels (N,) or None."""
-
-    pixels: np.ndarray
-    labels: np.ndarray | None
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """A data set ready for training.
-
-    Attributes:
-        train, test: test is None where the source has no labelled test images.
-        class_names: empty without labels.
-        unreadable: names of files that could not be decoded and were left out.
-        key: names the cache entry; equal keys mean equal contents.
-        content: SHA-256 of the training images' pixels.
-    """
-
-    train: Images
-    test: Images | None
-    class_names: list[str]
-    unreadable: list[str]
-    key: str
-    content: str
-
-
-def open_image_set(
-    spec: Mapping[str, Any],
-    cache_dir: str,
-    seed: int,
-    report: Report = lambda line: None,
-    verify: bool = True,
-) -> ImageSet:
-    """Open an image set, decoding it into the cache the first time.
-
-    The cache is keyed by the data's fingerprint and the image size, written
-    under a temporary name and renamed, and shared by all processes through the
-    page cache.
+def build_model(
+    model: Mapping[str, Any], dataset: Mapping[str, Any], seed: int, device: torch.device
+) -> SimCLR:
+    """Build the network of a run at the initialization that the seed gives.
 
     Args:
-        spec: the `dataset` section of the configuration.
-        cache_dir: where decoded images are kept; ~ is the home directory.
-        seed: decides the test split where the source has none.
-        report: told, in one line, of work that takes long.
-        verify: compare the cache with its checksums, and build it again where
-            they differ; that reads all of it.
+        model, dataset: these sections of the configuration; the stem "auto"
+            follows the image size.
+    """
+    stem = stem_for(dataset["image_size"]) if model["stem"] == "auto" else model["stem"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        built = SimCLR(
+            model["encoder"],
+            stem,
+            model["projection_hidden"],
+            model["projection_size"],
+            dataset["mean"],
+            dataset["std"],
+            model["deep_supervision"],
+        )
+    return built.to(device, memory_format=torch.channels_last)
+
+
+def load_trained(config: DictConfig, checkpoint: Path, device: torch.device) -> tuple[SimCLR, int]:
+    """Load a checkpoint of a run; return the model and its round.
 
     Raises:
-        UserError: the data can't be found or read, or the cache not written.
+        UserError: a damaged checkpoint, or one of another architecture.
     """
-    path = Path(spec["path"]).expanduser().resolve() if spec["path"] else None
-    if path is None and spec["source"] == "imagefolder":
-        raise UserError("dataset=imagefolder needs a folder: add dataset.path=DIR")
-    if path is None and not spec["name"]:
-        raise UserError("dataset=hub needs a name: add dataset.name=OWNER/NAME")
-    if path is not None and not path.exists():
-        raise UserError(f"dataset.path={spec['path']}: no such folder; check the path")
-    if path is not None and (not path.is_dir() or not any(path.iterdir())):
-        kind = "an empty folder" if path.is_dir() else "not a folder"
-        raise UserError(f"dataset.path={spec['path']}: {kind}; give a folder with images")
-    key = _cache_key(spec, path, seed)
-    entry = Path(cache_dir).expanduser() / key
-    damage = find_damage(entry) if verify and entry.is_dir() else None
-    if damage:
-        report(f"{WARNING}the cache {entry} is damaged ({damage}) and is built again")
-    if damage or not entry.is_dir():
-        _build_cache(entry, spec, path, seed, report)
-    return _open_cache(entry)
-
-
-def find_damage(entry: Path) -> str | None:
-    """Compare a cache entry with its checksums; say what is wrong with it, if anything."""
+    model = build_model(config.model, config.dataset, config.seed, device)
+    loaded = load_checkpoint(checkpoint)
     try:
-        meta = json.loads((entry / "meta.json").read_bytes())
-        own_digest = meta.pop("sha256")
-        if _digest_of(meta) != own_digest:
-            return "meta.json differs from its checksum"
-        for name, digest in meta["files"].items():
-            with (entry / name).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                    return f"{name} differs from its checksum"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def _digest_of(meta: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-
-
-def _cache_key(spec: Mapping[str, Any], path: Path | None, seed: int) -> str:
-    """Hash what decides the decoded images: settings, and each file's size and age."""
-    settings = {name: spec[name] for name in sorted(spec) if name not in ("path", "mean", "std")}
-    parts = [str(CACHE_FORMAT), json.dumps(settings, default=str), str(path)]
-    if spec["test_fraction"] and not spec.get("test_split"):
-        parts.append(f"seed {seed}")
-    if path is not None:
-        for folder, folders, names in os.walk(path, followlinks=True):
-            folders.sort()
-            for name in sorted(names):
-                status = os.stat(os.path.join(folder, name))
-                parts.append(f"{folder}/{name} {status.st_size} {status.st_mtime_ns}")
-    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    return f"{(spec['name'] or 'local').replace('/', '--')}-{spec['image_size']}px-{digest}"
-
-
-def _build_cache(
-    entry: Path, spec: Mapping[str, Any], path: Path | None, seed: int, report: Report
-) -> None:
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", dir=entry.parent))
-    except OSError as error:
+        load_state(model, loaded.state)
+    except ValueError as error:
         raise UserError(
-            f"cache_dir={entry.parent}: can't be written ({error.strerror}); choose another"
+            f"checkpoint={checkpoint}: of another architecture than {config.model.encoder} "
+            f"with stem {model.stem} ({error}); evaluate it with its own run"
         ) from error
-    try:
-        source = _read_source(spec, path, seed, scratch / "source")
-        total = sum(split.count for split in source.splits.values())
-        if total > DECODE_BATCH * 2:
-            report(f"Decoding {total:,} images, once; later runs open the cache.")
-        built = scratch / "built"
-        built.mkdir()
-        unreadable: list[str] = []
-        sizes = {}
-        for name, split in source.splits.items():
-            kept = _write_pixels(
-                built / f"{name}.pixels", split.read(), spec["image_size"], unreadable
-            )
-            if not kept:
-                raise UserError(
-                    f"dataset.path={path}: none of the {split.count} {name} images can be "
-                    f"read ({name_some(unreadable)}); check the files"
-                )
-            sizes[name] = len(kept)
-            if split.labels is not None:
-                np.save(built / f"{name}.labels.npy", split.labels[kept])
-        meta = {
-            "sizes": sizes,
-            "image_size": spec["image_size"],
-            "class_names": source.class_names,
-            "unreadable": unreadable,
-            "files": {file.name: _sync(file) for file in sorted(built.iterdir())},
-        }
-        text = json.dumps(meta | {"sha256": _digest_of(meta)})
-        write_atomically(built / "meta.json", text.encode())
-        _put_in_place(built, entry, scratch / "damaged")
-    except OSError as error:
-        raise UserError(
-            f"cache_dir={entry.parent}: can't be written ({error}); free space or choose another"
-        ) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _sync(file: Path) -> str:
-    """Make a file survive a power cut; give its SHA-256."""
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _put_in_place(built: Path, entry: Path, aside: Path) -> None:
-    """Rename a finished entry into place, unless another process was faster."""
-    for _ in range(3):
-        try:
-            os.rename(built, entry)
-            return sync_folder(entry.parent)
-        except OSError:
-            if find_damage(entry) is None:
-                return None
-            with suppress(OSError):
-                os.rename(entry, aside)
-    raise OSError(f"{entry} is in the way")
-
-
-def _read_source(spec: Mapping[str, Any], path: Path | None, seed: int, scratch: Path) -> Source:
-    kind, fraction = spec["source"], spec["test_fraction"]
-    if kind == "digits":
-        return sources.digits(fraction, seed)
-    if kind == "imagefolder":
-        return sources.image_folder(path, spec["labels"], fraction, seed)
-    if kind == "hub":
-        columns = (spec["image_column"], spec["label_column"])
-        splits = (spec["train_split"], spec["test_split"])
-        return sources.hub_dataset(
-            spec["hub_name"], path, spec["revision"], columns, splits, fraction, seed, scratch
-        )
-    raise UserError(f"dataset.source={kind}: unknown; known: digits, hub, imagefolder")
-
-
-def _write_pixels(
-    file: Path, images: Iterator[Encoded], image_size: int, unreadable: list[str]
-) -> list[int]:
-    """Decode images into a file, some at a time; return which ones could be read."""
-    kept: list[int] = []
-    batches = decode_batches(images, image_size, DECODE_BATCH)
-    with file.open("wb") as out:
-        for row, (image, pixels) in enumerate(chain.from_iterable(batches)):
-            if pixels is None:
-                unreadable.append(image.name)
-            else:
-                out.write(pixels.tobytes())
-                kept.append(row)
-    return kept
-
-
-def name_some(names: list[str]) -> str:
-    """Join the first names for a message and say how many more there are."""
-    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    return ", ".join(names[:MAX_NAMES]) + more
-
-
-def _open_cache(entry: Path) -> ImageSet:
-    try:
-        meta = json.loads((entry / "meta.json").read_bytes())
-        side = meta["image_size"]
-
-        def images(name: str) -> Images:
-            shape = (meta["sizes"][name], 3, side, side)
-            pixels = np.memmap(entry / f"{name}.pixels", dtype=np.uint8, mode="r", shape=shape)
-            labels = entry / f"{name}.labels.npy"
-            return Images(pixels, np.load(labels) if labels.is_file() else None)
-
-        test = images("test") if "test" in meta["sizes"] else None
-        names, unreadable = meta["class_names"], meta["unreadable"]
-        content = meta["files"]["train.pixels"]
-        return ImageSet(images("train"), test, names, unreadable, entry.name, content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the cache {entry} is damaged ({error}); delete it") from error
-
-
-def derive_seed(seed: int, *purpose: int | str) -> int:
-    """Hash the run's seed and a purpose, such as ("train", round, partition), to 63 bits."""
-    text = json.dumps([seed, *purpose]).encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
-
-
-def generator_for(seed: int, *purpose: int | str) -> torch.Generator:
-    """Make a CPU generator that depends on nothing but the seed and the purpose."""
-    return torch.Generator().manual_seed(derive_seed(seed, *purpose))
-
-
-def release_memory() -> None:
-    """Give freed memory back to the system, which glibc may keep by the hundred megabytes."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim:
-        trim(0)
-
-
-def choose_device(num_gpus: float | None = None) -> torch.device:
-    """Choose CUDA where there is a GPU, unless this process was granted no share of it (0)."""
-    return torch.device("cuda" if num_gpus != 0 and torch.cuda.is_available() else "cpu")
-
-
-def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Choose the autocast type: bfloat16 where "auto" finds hardware for it, else float32."""
-    if precision != "auto":
-        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[precision]
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
+    return model, loaded.round

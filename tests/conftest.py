@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-import environment  # noqa: F401
-from config import load_config
-from model import build_model
-from utils import open_image_set
+from fedssl.config.compose import load_config
+from fedssl.data.cache import open_image_set
+from fedssl.env import ROOT
+from utils import build_model
 
-ROOT = Path(__file__).resolve().parent.parent
 CIFAR10 = Path(os.environ.get("CIFAR10_DIR", ROOT.parent / "shared" / "data" / "cifar10"))
 CPU = torch.device("cpu")
 

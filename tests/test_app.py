@@ -9,7 +9,7 @@ from flwr.serverapp import ServerApp
 from omegaconf import OmegaConf
 
 import app
-from errors import UserError
+from fedssl.errors import UserError
 
 
 def context(overrides="", **node_config):

@@ -14,12 +14,12 @@ from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import HealthCheck, example, given, seed, settings
 from hypothesis import strategies as st
 
-from checkpoints import Checkpoint, load_checkpoint, save_checkpoint
-from config import flatten, load_config
-from errors import UserError
-from sources import decode
-from updates import check_steps, read_update
-from wire import pack_state
+from fedssl.config.compose import flatten, load_config
+from fedssl.data.decoding import decode
+from fedssl.errors import UserError
+from fedssl.federation.guards import check_steps, read_update
+from fedssl.federation.messages import pack_state
+from fedssl.runs.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 
 TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
 CASES = settings(

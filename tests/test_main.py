@@ -17,12 +17,13 @@ from conftest import ROOT, in_terminal
 from ray.cluster_utils import Cluster
 from safetensors import safe_open
 from safetensors.torch import load_file
-from simulation import own_memory
 
 import main as program
 import test as evaluation
-from config import load_config, run_entry
-from resume import with_earlier_overrides
+from benchmarks.performance.simulation import own_memory
+from fedssl.config.command_line import run_entry
+from fedssl.config.compose import load_config
+from fedssl.runs.resume import with_earlier_overrides
 
 SMALL = [
     "--num_clients=2",
@@ -38,7 +39,8 @@ FAST = "model.stem=imagenet"  # small images shrink to a point at once: little t
 
 def start(script, *arguments, **environment):
     return subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        [sys.executable, *script.split(), *map(str, arguments)],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=400,
@@ -354,7 +356,7 @@ def test_a_sweep_becomes_a_table_and_a_plot(tmp_path, cache_dir):
     sweep = ["--multirun", "num_clients=2,3", "num_rounds=1", "train.max_steps=1", "num_cpus=1"]
     done = start("main.py", *sweep, *places, "train.local_epochs=1")
     assert done.returncode == 0, done.stdout + done.stderr
-    gathered = start("gather.py", tmp_path / "runs", f"--out={tmp_path}/clients")
+    gathered = start("-m scripts.compare", tmp_path / "runs", f"--out={tmp_path}/clients")
     assert gathered.returncode == 0, gathered.stderr
     lines = (tmp_path / "clients.md").read_text().splitlines()
     assert lines[0].startswith("| num_clients | runs | linear head, 10 % |")

@@ -4,14 +4,10 @@ import pytest
 import torch
 import torchvision
 
-from model import (
-    SimCLR,
-    build_model,
-    load_state,
-    make_encoder,
-    nt_xent,
-    stem_for,
-)
+from fedssl.networks.encoder import make_encoder, stem_for
+from fedssl.networks.state import load_state
+from model import SimCLR, nt_xent
+from utils import build_model
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,172 @@
+"""Write the README's tables of accuracy from the recorded runs.
+
+python -m benchmarks.accuracy.tables
+
+A table stands between two comments in the README, `<!-- NAME -->` and `<!-- end -->`.
+What has not been recorded is an empty cell or no line.
+"""
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from benchmarks.accuracy.sweep import COMPARED
+from fedssl.env import ROOT
+
+RESULTS = ROOT / "results"
+DIGITS = (
+    ("federated SimCLR", "linear head"),
+    ("federated SimCLR", "kNN"),
+    ("random encoder", "linear head"),
+    ("raw pixels", "logistic regression"),
+)
+BUDGET_TITLES = {  # what the README calls the runs
+    "cifar10_cpu": "`cifar10_cpu`",
+    "cifar10_cpu_client_alone": "one of its clients alone",
+    "cifar10_cpu_centralized": "all its images in one place",
+    "cifar10_cpu_long": "`cifar10_cpu_long`",
+    "cifar10_gpu": "`cifar10_gpu`",
+}
+Results = list[dict[str, Any]]
+
+
+def read_seeds(name: str) -> list[Results]:
+    """Read the evaluations of every recorded seed of a run, none if there is no record."""
+    files = sorted((RESULTS / name).glob("seed*/results.json"))
+    return [json.loads(file.read_text()) for file in files]
+
+
+def find_score(
+    results: Results, encoder: str, method: str, mode: str = "linear", fraction: float = 0.1
+) -> Mapping[str, Any] | None:
+    """Find the row of an evaluation, the newest if there are several."""
+    for result in reversed(results):
+        if result["mode"] == mode and result["protocol"]["label_fraction"] == fraction:
+            for row in result["rows"]:
+                if (row["encoder"], row["method"]) == (encoder, method):
+                    return row
+    return None
+
+
+def show(values: list[float]) -> str:
+    """Show the mean in percent and, of several, the sample standard deviation."""
+    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{spread}" if values else ""
+
+
+def cell(seeds: list[Results], *what: Any, **more: Any) -> str:
+    """Show the mean over the seeds' means, and their spread."""
+    scores = [find_score(results, *what, **more) for results in seeds]
+    return show([score["mean"] for score in scores if score])
+
+
+def line(*cells: Any) -> str:
+    """Join cells to a line of a table."""
+    return re.sub(" +", " ", f"| {' | '.join(map(str, cells))} |")
+
+
+def head(*names: str) -> list[str]:
+    """Make the first two lines of a table."""
+    return [line(*names), "|" + "---|" * len(names)]
+
+
+def digits_table() -> list[str]:
+    """Tabulate the run of `python main.py` by seed, each with the spread over labels.
+
+    The last two lines are means of seeds, of all in float32 and of all in bfloat16.
+    """
+    seeds = read_seeds("digits")
+    lines = head("seed", *(f"{encoder}, {method}, %" for encoder, method in DIGITS))
+    for results in seeds:
+        rows = [find_score(results, *what) for what in DIGITS]
+        lines.append(line(results[0]["seed"], *(show(row["top1"]) for row in rows)))
+    for title, name in (("mean of seeds", "digits"), ("in bfloat16", "digits_bfloat16")):
+        seeds = read_seeds(name)
+        lines.append(line(f"**{title}**", *(cell(seeds, *what) for what in DIGITS)))
+    return lines
+
+
+def budget_table() -> list[str]:
+    """Tabulate the experiments with a fixed budget."""
+    names = ("linear head, 10 %", "kNN, 10 %", "random encoder", "raw pixels", "rounds", "all")
+    lines = head("experiment", *names)
+    for name, title in BUDGET_TITLES.items():
+        seeds, times = read_seeds(name), ["", ""]
+        if seeds:
+            folder = RESULTS / name / "seed0"
+            rounds = [json.loads(text) for text in (folder / "metrics.jsonl").open()]
+            commands = json.loads((folder / "commands.json").read_text())
+            spent = (sum(row["seconds"] for row in rounds), commands[0]["wall_s"])
+            times = [f"{seconds / 60:.0f} min" for seconds in spent]
+        rows = [find_score(results, *what) for results in seeds[:1] for what in DIGITS]
+        cells = [show(row["top1"]) if row else "" for row in rows] or [""] * len(DIGITS)
+        lines.append(line(title, *cells, *times))
+    return lines
+
+
+def comparison_table() -> list[str]:
+    """Tabulate the comparison of federations, as far as it is recorded."""
+    ours = ("federated SimCLR", "linear head")
+    names = ("1 % of labels", "10 %", "100 %", "kNN, 10 %", "fine-tuned, 10 %", "seeds")
+    lines = head("", *names)
+    for name, (title, _) in COMPARED.items():
+        seeds = read_seeds(f"sweep/{name}")
+        if not seeds:
+            continue
+        fractions = (cell(seeds, *ours, fraction=fraction) for fraction in (0.01, 0.1, 1.0))
+        knn = cell(seeds, "federated SimCLR", "kNN")
+        tuned = cell(seeds, "federated SimCLR", "fine-tuned", mode="finetune")
+        lines.append(line(title, *fractions, knn, tuned, len(seeds)))
+    seeds, untrained = read_seeds("sweep/clients-5"), ("random encoder", "linear head")
+    if not seeds:
+        return lines if len(lines) > 2 else ["Not recorded yet."]
+    fractions = (cell(seeds, *untrained, fraction=fraction) for fraction in (0.01, 0.1, 1.0))
+    knn = cell(seeds, "random encoder", "kNN")
+    lines.append(line("random encoder", *fractions, knn, "", len(seeds)))
+    labels = cell(seeds, "labels only", "supervised", mode="supervised")
+    lines.append(line("the network trained on the labels alone", "", labels, *[""] * 3, len(seeds)))
+    return lines
+
+
+def convolution_table() -> list[str]:
+    """Tabulate how much faster convolutions of small maps are."""
+    lines = head("map", "channels", "PyTorch, ms", "ours, ms", "times faster")
+    for row in json.loads((RESULTS / "convolution.json").read_text())["rows"]:
+        side, times = f"{row['side']} x {row['side']}", (row["plain_ms"], row["winograd_ms"])
+        shown = (f"{milliseconds:.0f}" for milliseconds in times)
+        lines.append(line(side, row["channels"], *shown, f"{row['ratio']:.1f}"))
+    return lines
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "digits": digits_table,
+    "budgets": budget_table,
+    "comparison": comparison_table,
+    "convolutions": convolution_table,
+}
+
+
+def fill(text: str) -> str:
+    """Put the tables of recorded runs in their places.
+
+    Raises:
+        ValueError: a table has no place.
+    """
+    for name, table in TABLES.items():
+        start, _, rest = text.partition(f"<!-- {name} -->\n")
+        after = rest.partition("<!-- end -->")[2]
+        if not after:
+            raise ValueError(f"no place for the table {name!r}")
+        text = f"{start}<!-- {name} -->\n" + "\n".join(table()) + f"\n<!-- end -->{after}"
+    return text
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    before = readme.read_text()
+    after = fill(before)
+    readme.write_text(after)
+    sys.exit(print("written" if after != before else "as it was"))

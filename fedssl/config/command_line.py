@@ -1,0 +1,162 @@
+"""From the command line to overrides, and programs that end with one line."""
+
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import product
+from threading import Timer
+
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+
+from fedssl.config.compose import CONF, load_config
+from fedssl.errors import UserError
+from fedssl.terminal import paint
+
+INTERRUPT_GRACE_S = 15.0
+
+# Hydra's own command line, https://hydra.cc/docs/advanced/hydra-command-line-flags, but for
+# --run: to run is what happens anyway, and `--run DIR` is the run to evaluate
+HYDRA_SWITCHES = {
+    *("--help", "-h", "--hydra-help", "--version", "--resolve", "-r"),
+    *("--multirun", "-m", "--shell-completion", "-sc"),
+}
+HYDRA_OPTIONS = {
+    *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"),
+    *("--config-dir", "-cd", "--experimental-rerun", "--info", "-i"),
+}
+SWITCHES = {"--quiet"}  # ours that need no value
+INFORMATIVE = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i"} | {
+    *("--shell-completion", "-sc"),
+}
+
+
+def flags_to_overrides(arguments: Sequence[str]) -> list[str]:
+    """Turn `--key=value` and `--key value` into Hydra overrides; keep Hydra's own flags.
+
+    Raises:
+        UserError: a flag without a value.
+    """
+    result: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        name, has_value, value = argument.partition("=")
+        if argument in HYDRA_SWITCHES:
+            result.append(argument)
+        elif name in HYDRA_OPTIONS:
+            result += [argument] if has_value or not rest else [argument, rest.pop(0)]
+        elif argument.startswith("--"):
+            if not has_value:
+                value = _value_of(argument, rest)
+            result.append(f"{name[2:].replace('-', '_')}={value}")
+        else:
+            result.append(argument)
+    return result
+
+
+def _value_of(flag: str, rest: list[str]) -> str:
+    """Take a flag's value from the arguments behind it."""
+    if flag in SWITCHES and (not rest or rest[0] not in ("true", "false")):
+        return "true"
+    if not rest or rest[0].startswith("--"):
+        raise UserError(f"{flag} needs a value, as in {flag}=5")
+    return rest.pop(0)
+
+
+def is_informative(arguments: Iterable[str]) -> bool:
+    """Tell whether Hydra shall only print something, such as its help."""
+    return any(argument.partition("=")[0] in INFORMATIVE for argument in arguments)
+
+
+def jobs_of(arguments: Sequence[str]) -> list[list[str]]:
+    """List the overrides of every job that the arguments ask for, one without --multirun."""
+    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    if not {"--multirun", "-m"} & set(arguments):
+        return [overrides]
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        raise UserError(f"not an override: {str(error).splitlines()[0]}") from error
+    choices = [
+        [f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()]
+        if item.is_sweep_override()
+        else [item.input_line]
+        for item in parsed
+    ]
+    return [list(job) for job in product(*choices)]
+
+
+def run_entry(
+    name: str,
+    check: Callable[[DictConfig], object],
+    job: Callable[[DictConfig], None],
+    complete: Callable[[Sequence[str]], list[str]] = list,
+) -> None:
+    """Run a program: flags to overrides, every check of every job, then Hydra and the job.
+
+    Args:
+        name: of the configuration below conf/.
+        check: raises UserError before any work starts.
+        job: does the work; a UserError or RuntimeError ends it with one line.
+        complete: adds overrides that the given ones imply.
+
+    Exits with status 2 for what the user gave, 1 for what failed while running,
+    130 when interrupted.
+    """
+
+    @functools.wraps(job)
+    def guarded(config: DictConfig) -> None:
+        with _one_line():
+            job(config)
+
+    earlier = signal.signal(signal.SIGINT, _interrupt)
+    try:
+        with _one_line():
+            arguments = complete(flags_to_overrides(sys.argv[1:]))
+            if is_informative(arguments):
+                given = [a for a in arguments if "=" in a and not a.startswith("-")]
+                load_config(name, [] if {"-sc", "--shell-completion"} & set(arguments) else given)
+            else:
+                for overrides in jobs_of(arguments):
+                    check(load_config(name, overrides))
+        sys.argv[1:] = arguments
+        hydra.main(version_base=None, config_path=str(CONF), config_name=name)(guarded)()
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """Interrupt the work, and end it by force if it does not give way."""
+    forced = Timer(INTERRUPT_GRACE_S, _leave, ["interrupted"])
+    forced.daemon = True
+    forced.start()
+    raise KeyboardInterrupt
+
+
+def _leave(line: str) -> None:
+    """End at once, without waiting for threads that wait for others."""
+    print(line, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(130)
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """End the program with one line instead of a traceback."""
+    try:
+        yield
+    except UserError as error:
+        print(paint(f"error: {error}", "error", sys.stderr), file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        print(paint(f"failed: {error}", "error", sys.stderr), file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt as error:
+        _leave(f"interrupted{f': {error}' if str(error) else ''}")

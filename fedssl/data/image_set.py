@@ -1,0 +1,33 @@
+"""Images that are ready for training."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Images:
+    """Decoded images: uint8 (N, 3, S, S), memory-mapped, and int64 labels (N,) or None."""
+
+    pixels: np.ndarray
+    labels: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A data set ready for training.
+
+    Attributes:
+        train, test: test is None where the source has no labelled test images.
+        class_names: empty without labels.
+        unreadable: names of files that could not be decoded and were left out.
+        key: names the cache entry; equal keys mean equal contents.
+        content: SHA-256 of the training images' pixels.
+    """
+
+    train: Images
+    test: Images | None
+    class_names: list[str]
+    unreadable: list[str]
+    key: str
+    content: str

@@ -1,0 +1,1 @@
+"""The commands that start and join a federation of separate processes."""

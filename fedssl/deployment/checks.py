@@ -1,0 +1,170 @@
+"""Checks of what the launchers are given, before anything starts."""
+
+import json
+import shlex
+import socket
+import ssl
+import subprocess
+import sys
+import tomllib
+from argparse import Namespace
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from click import ClickException
+from flwr.common.config import parse_config_args
+
+from fedssl.config.compose import load_config
+from fedssl.deployment.superlink import Link
+from fedssl.errors import UserError
+
+# Run apart from the launcher, which would otherwise keep PyTorch in memory.
+LIST_APPS = """
+import importlib, json, sys
+module = importlib.import_module(sys.argv[1])
+kinds = {name: type(value).__name__ for name, value in vars(module).items()}
+print(json.dumps({n: k for n, k in kinds.items() if k in ("ClientApp", "ServerApp")}))
+"""
+
+
+def check_app(reference: str, component: str) -> str:
+    """Check a `module:attribute` against the app that the project ships.
+
+    Args:
+        component: "clientapp" or "serverapp".
+
+    Returns:
+        The attribute.
+
+    Raises:
+        UserError: not this project's module, no such attribute, or the other kind.
+    """
+    module, _, attribute = reference.partition(":")
+    if not module or not attribute:
+        raise UserError(f"{reference}: must be module:attribute, such as app:server")
+    try:
+        project = tomllib.loads(Path("pyproject.toml").read_text())
+        shipped = project["tool"]["flwr"]["app"]["components"][component]
+    except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
+        raise UserError(
+            f"{reference}: no Flower app in {Path.cwd()}; change to the project's directory"
+        ) from error
+    own = shipped.partition(":")[0]
+    if module != own:
+        raise UserError(f"{reference}: the apps of this project are in the module {own!r}")
+    asked = subprocess.run(
+        [sys.executable, "-c", LIST_APPS, module], capture_output=True, text=True
+    )
+    if asked.returncode:
+        reason = (asked.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UserError(f"{reference}: {module} can't be imported ({reason})")
+    kinds = json.loads(asked.stdout.splitlines()[-1])
+    kind = {"clientapp": "ClientApp", "serverapp": "ServerApp"}[component]
+    known = [name for name, its in kinds.items() if its == kind]
+    if attribute not in known:
+        close = get_close_matches(attribute, known, n=1)
+        hint = f"did you mean {module}:{close[0]}?" if close else f"known: {', '.join(known)}"
+        raise UserError(f"{reference}: {module} has no {kind} {attribute!r}; {hint}")
+    if component == "serverapp" and reference != shipped:
+        raise UserError(f"{reference}: pyproject.toml ships {shipped}; name the other one there")
+    return attribute
+
+
+def check_run_config(text: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Check a run configuration and add Hydra overrides to it.
+
+    Raises:
+        UserError: not readable, an unknown key, or a wrong Hydra override.
+    """
+    values = _read_pairs("--run-config", text, ("hydra-overrides",))
+    joined = [*shlex.split(str(values.get("hydra-overrides", ""))), *overrides]
+    load_config("config", joined)
+    return {"hydra-overrides": shlex.join(joined)}
+
+
+def check_node_config(text: str) -> dict[str, Any]:
+    """Check a node configuration, and the folder of images if it names one.
+
+    Raises:
+        UserError: not readable, an unknown key, a wrong value or folder.
+    """
+    flag = "--node-config"
+    values = _read_pairs(flag, text, ("partition-id", "num-partitions", "data-path"))
+    for key, value in values.items():
+        if key != "data-path" and (type(value) is not int or value < 0):
+            raise UserError(f"{flag}: {key}={value}: must be a whole number, at least 0")
+    if "data-path" in values:
+        folder = Path(str(values["data-path"])).expanduser().resolve()
+        if not folder.is_dir() or not any(folder.iterdir()):
+            wrong = "is empty" if folder.is_dir() else "is no folder"
+            raise UserError(f"{flag}: data-path={folder}: {wrong}; give a folder of images")
+        values["data-path"] = str(folder)
+    return values
+
+
+def _read_pairs(flag: str, text: str, known: Sequence[str]) -> dict[str, Any]:
+    """Read pairs as Flower does, key=1 key="text", and refuse unknown keys."""
+    try:
+        values = parse_config_args([text])
+    except (ClickException, OSError, ValueError) as error:
+        reason = str(error).partition(".")[0]
+        raise UserError(f'{flag}: {text}: {reason}; write key=1 key="text"') from error
+    if text.strip() and not values:
+        raise UserError(f'{flag}: {text}: no key=value pair; write key=1 key="text"')
+    for key in values:
+        if key not in known:
+            close = get_close_matches(key, known, n=1) or known
+            raise UserError(f"{flag}: {key}: unknown key; known: {', '.join(close)}")
+    return values
+
+
+def free_port() -> int:
+    """Find a TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def check_port(port: int) -> int:
+    """Make sure that a TCP port is free.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--port={port}: {reason}; leave it out for a free one") from error
+    return port
+
+
+def check_link(given: Namespace) -> Link:
+    """Check how the SuperLink is to be reached."""
+    host, _, port = given.superlink.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(f"--superlink={given.superlink}: must be HOST:PORT, such as 10.0.0.5:8000")
+    if given.insecure and given.root_certificates:
+        raise UserError("--insecure and --root-certificates exclude each other; drop one")
+    if given.max_wait_time < 0:
+        raise UserError(f"--max-wait-time={given.max_wait_time:g}: must be 0 or more seconds")
+    certificates = given.root_certificates
+    if certificates:
+        certificates = check_file("--root-certificates", certificates)
+        try:
+            ssl.create_default_context(cafile=certificates)
+        except ssl.SSLError as error:
+            raise UserError(
+                f"--root-certificates={certificates}: no certificate in PEM form"
+            ) from error
+    return Link(given.superlink, given.insecure, certificates)
+
+
+def check_file(flag: str, file: Path) -> Path:
+    """Make sure that a file is there; make its path absolute."""
+    if not file.expanduser().is_file():
+        raise UserError(f"{flag}={file}: no such file")
+    return file.expanduser().resolve()

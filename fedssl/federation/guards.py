@@ -1,0 +1,242 @@
+"""What clients send back: checked before it may touch the global model."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from torch import Tensor
+
+from fedssl.federation.messages import unpack_state
+from fedssl.federation.nodes import Answer
+
+ARRAYS, METRICS = "arrays", "metrics"
+HEALTH = ("alignment", "uniformity", "effective-rank")
+TRAINED = ("num-examples", "train-loss", "images", "images-per-second")
+EVALUATED = ("num-examples", "eval-loss", *HEALTH)
+MAX_EXAMPLES = 2**40  # more images than any client holds
+
+
+@dataclass(frozen=True)
+class Update:
+    """A client's usable reply.
+
+    Attributes:
+        num_examples: images that it trained or evaluated on.
+        state: of its model; empty where an evaluation was asked for.
+        step: Euclidean length of the way from the global parameters to its own.
+        cosine: between its step and the sum of the others' steps.
+    """
+
+    partition: int
+    num_examples: int
+    metrics: Mapping[str, float]
+    state: Mapping[str, Tensor]
+    message: Message
+    step: float = 0.0
+    cosine: float | None = None
+
+
+def check_answers(
+    answers: Iterable[Answer],
+    partition_of: Mapping[int, int],
+    expected: Mapping[str, Tensor] | None,
+) -> tuple[list[Update], list[dict[str, Any]]]:
+    """Separate usable replies from failures, both in the order of the answers.
+
+    Args:
+        expected: for training replies, the global model's state: an update must
+            have its names, shapes and dtypes, and finite values.
+
+    Returns:
+        The updates, and for each failure its partition and the reason.
+    """
+    updates, failures = [], []
+    for answer in answers:
+        partition = partition_of[answer.node]
+        try:
+            if answer.reply is None:
+                raise ValueError(answer.failure)
+            updates.append(read_update(partition, answer.reply, expected))
+        except ValueError as error:
+            reason = str(error).removeprefix(f"partition {partition}: ")
+            failures.append({"partition": partition, "reason": reason})
+    return updates, failures
+
+
+def read_update(partition: int, reply: Message, expected: Mapping[str, Tensor] | None) -> Update:
+    """Read a reply and check it.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    wanted = EVALUATED if expected is None else TRAINED
+    metrics = _read_metrics(reply.content, wanted)
+    num_examples = metrics["num-examples"]
+    if num_examples != int(num_examples) or not 1 <= num_examples <= MAX_EXAMPLES:
+        raise ValueError(f"num-examples is {num_examples:g}")
+    state: Mapping[str, Tensor] = {}
+    if expected is not None:
+        arrays = reply.content.get(ARRAYS)
+        if not isinstance(arrays, ArrayRecord):
+            raise ValueError("the reply holds no arrays")
+        state = unpack_state(arrays)
+        check_state(state, expected)
+    return Update(partition, int(num_examples), metrics, state, reply)
+
+
+def _read_metrics(content: RecordDict, wanted: Sequence[str]) -> dict[str, float]:
+    """Read metrics that must be there and be finite numbers."""
+    metrics = content.get(METRICS)
+    if not isinstance(metrics, MetricRecord):
+        raise ValueError("the reply holds no metrics")
+    found = {}
+    for name in wanted:
+        value = metrics.get(name)
+        if not isinstance(value, int | float):
+            raise ValueError(f"{name} is {'missing' if value is None else 'no number'}")
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}")
+        found[name] = float(value)
+    return found
+
+
+def count_images(reply: Message) -> float:
+    """Count the images that a client says it trained on; 0 where the reply does not tell."""
+    try:
+        return _read_metrics(reply.content, ("images",))["images"]
+    except ValueError:
+        return 0.0
+
+
+def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Compare an update with the global model.
+
+    Raises:
+        ValueError: names, shapes or dtypes differ, or values are not finite.
+    """
+    odd = sorted(state.keys() ^ expected.keys())
+    if odd:
+        raise ValueError(f"array {odd[0]!r} is {'missing' if odd[0] in expected else 'unknown'}")
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(f"array {name!r} has shape {tuple(tensor.shape)}")
+        if tensor.dtype != expected[name].dtype:
+            raise ValueError(f"array {name!r} has dtype {tensor.dtype}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"array {name!r} is not finite")
+        if name.endswith("running_var") and (tensor < 0).any():
+            raise ValueError(f"array {name!r} holds negative variances")
+
+
+def check_steps(
+    updates: Sequence[Update], state: Mapping[str, Tensor], names: Sequence[str], max_ratio: float
+) -> tuple[list[Update], list[dict[str, Any]]]:
+    """Leave out updates that lie absurdly far from the global model.
+
+    An update's step is the Euclidean length of its way from the global
+    parameters. It may be at most `max_ratio` times the length of the parameters
+    themselves and, among three updates or more, `max_ratio` times the median;
+    the latter holds for BatchNorm's statistics, too.
+
+    Args:
+        state: of the global model.
+        names: of its parameters.
+        max_ratio: 0 accepts any step.
+
+    Returns:
+        The updates, each with its step and the cosine of the angle between its
+        step and the sum of the others', and the failures.
+    """
+    weights = {name: state[name].cpu() for name in names}
+    statistics = {
+        name: tensor.cpu()
+        for name, tensor in state.items()
+        if tensor.is_floating_point() and name not in weights
+    }
+    steps, limit = _measure_steps(updates, weights)
+    shifts, shift_limit = _measure_steps(updates, statistics)
+    limit = min(limit, math.hypot(*(float(tensor.norm()) for tensor in weights.values())))
+    kept, failures = [], []
+    for update, step, shift in zip(updates, steps, shifts, strict=True):
+        for what, length, usual in (("weights", step, limit), ("statistics", shift, shift_limit)):
+            if max_ratio and length > max_ratio * usual:
+                reason = f"its {what} moved by {length:.3g}, over {max_ratio:g} times {usual:.3g}"
+                failures.append({"partition": update.partition, "reason": reason})
+                break
+        else:
+            kept.append(replace(update, step=step))
+    cosines = _compare_steps(kept, weights)
+    measured = zip(kept, cosines, strict=True)
+    return [replace(update, cosine=cosine) for update, cosine in measured], failures
+
+
+def _measure_steps(
+    updates: Sequence[Update], start: Mapping[str, Tensor]
+) -> tuple[list[float], float]:
+    """Give the lengths of all steps, and their median, infinite of fewer than three."""
+    lengths = [
+        math.hypot(*(float((update.state[name] - start[name]).norm()) for name in start))
+        for update in updates
+    ]
+    return lengths, float(np.median(lengths)) if len(lengths) > 2 else math.inf
+
+
+def _compare_steps(updates: Sequence[Update], start: Mapping[str, Tensor]) -> list[float | None]:
+    """Give the cosine between each step and the sum of the others; None where one is nothing."""
+    onto_sum = np.zeros(len(updates))  # products of each step with the sum of all
+    sum_squared = 0.0
+    for name, tensor in start.items():
+        steps = [(update.state[name] - tensor).flatten() for update in updates]
+        total = sum(steps, torch.zeros(tensor.numel()))
+        onto_sum += [float(step @ total) for step in steps]
+        sum_squared += float(total @ total)
+    cosines: list[float | None] = []
+    for update, product in zip(updates, onto_sum, strict=True):
+        squared = update.step**2
+        others = math.sqrt(max(0.0, sum_squared - 2 * product + squared))
+        scale = update.step * others
+        cosines.append((product - squared) / scale if scale > 0 else None)
+    return cosines
+
+
+def restore_dtypes(
+    arrays: Mapping[str, np.ndarray], state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Give averages the dtypes of the model's state; counters are rounded."""
+    result = {}
+    for name, value in arrays.items():
+        dtype = state[name].dtype
+        value = value if dtype.is_floating_point else np.rint(value)
+        result[name] = torch.as_tensor(value).to(dtype)
+    return result
+
+
+def weighted_mean(updates: list[Update], key: str) -> float | None:
+    """Average a metric over clients, weighted by their samples; None without clients."""
+    if not updates:
+        return None
+    weights = [update.num_examples for update in updates]
+    return float(np.average([update.metrics[key] for update in updates], weights=weights))
+
+
+def client_rows(updates: list[Update], evaluations: list[Update]) -> list[dict[str, Any]]:
+    """List each client's losses and pace for the metrics line."""
+    rows: dict[int, dict[str, Any]] = {}
+    for update in updates:
+        rows[update.partition] = {
+            "partition": update.partition,
+            "num_examples": update.num_examples,
+            "train_loss": update.metrics["train-loss"],
+            "step": update.step,
+            "cosine": update.cosine,
+            "images": int(update.metrics["images"]),
+            "images_per_second": update.metrics["images-per-second"],
+        }
+    for update in evaluations:
+        row = rows.setdefault(update.partition, {"partition": update.partition})
+        row["eval_loss"] = update.metrics["eval-loss"]
+    return [rows[partition] for partition in sorted(rows)]

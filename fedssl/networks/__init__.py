@@ -1,0 +1,1 @@
+"""The layers of an encoder and its heads."""

@@ -1,0 +1,188 @@
+"""The directory of a run: the one place that writes what a run leaves behind."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from itertools import chain, count
+from pathlib import Path
+from typing import IO, Any
+from uuid import uuid4
+
+from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
+
+from fedssl.errors import UserError
+from fedssl.files import write_atomically
+from fedssl.networks.encoder import Encoder
+from fedssl.runs.checkpoints import list_checkpoints
+from fedssl.runs.encoder_file import ENCODER_FILE, pack_encoder
+
+fcntl = None
+with suppress(ImportError):  # there is none on Windows
+    import fcntl
+
+LATEST = "latest"
+# Without these it is not a run's configuration.
+SECTIONS = ("dataset", "model", "augment", "partition", "eval", "num_clients", "num_rounds", "seed")
+
+
+class RunDirectory:
+    """Reads and writes the files of one run; each file is replaced as a whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.results = path / "results.json"
+        self.config = path / "config.yaml"
+        self.overrides = path / "overrides.yaml"
+        self.figures = path / "figures"
+        self.report = path / "report.html"
+        self._lock: IO[bytes] | None = None
+
+    @classmethod
+    def create(
+        cls, path: Path, config: DictConfig, overrides: Sequence[str] = ()
+    ) -> "RunDirectory":
+        """Start a run's directory with its configuration; `latest` then points to it.
+
+        A run that was started in the same second keeps the path; this one gets
+        a number behind it.
+
+        Args:
+            overrides: of the command line, which a resumed run starts from.
+        """
+        run = cls(_claim(path.resolve()))
+        run.lock()
+        run.write_config(config, overrides)
+        _point_latest(Path(config.output_dir).expanduser().resolve() / LATEST, run.path)
+        return run
+
+    def lock(self) -> None:
+        """Keep other processes from going on with this run as long as this one lives.
+
+        Raises:
+            UserError: another process does already.
+        """
+        if fcntl is None or self._lock:
+            return
+        self._lock = (self.path / ".lock").open("wb")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"resume={self.path}: this run is still going on in another process; stop that "
+                "one, or wait for its end"
+            ) from error
+
+    def write_config(self, config: DictConfig, overrides: Sequence[str]) -> None:
+        """Write the resolved configuration, and the overrides that led to it."""
+        write_atomically(self.overrides, OmegaConf.to_yaml(list(overrides)).encode())
+        write_atomically(self.config, OmegaConf.to_yaml(config, resolve=True).encode())
+
+    def load_config(self) -> DictConfig:
+        """Read the configuration that the run was started with.
+
+        Raises:
+            UserError: no such run, or its configuration is damaged.
+        """
+        remedy = "give the directory of a run of main.py"
+        if not self.config.is_file():
+            raise UserError(f"run={self.path}: no config.yaml there; {remedy}")
+        try:
+            config = OmegaConf.load(self.config)
+        except (OSError, ValueError, YAMLError) as error:
+            raise UserError(f"{self.config}: can't be read ({error}); {remedy}") from error
+        missing = [name for name in SECTIONS if name not in config]
+        if missing:
+            raise UserError(f"{self.config}: holds no {missing[0]!r}; {remedy}")
+        return config
+
+    def read_overrides(self) -> list[str]:
+        """Read the overrides that the run was started with, none if it did not keep them."""
+        return list(map(str, OmegaConf.load(self.overrides))) if self.overrides.is_file() else []
+
+    def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write metrics.jsonl, a line a round."""
+        write_atomically(self.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Add a round's line to metrics.jsonl."""
+        self.write_metrics([*self.read_metrics(), row])
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Read the lines of metrics.jsonl, one a round.
+
+        Raises:
+            UserError: a line is damaged.
+        """
+        if not self.metrics.is_file():
+            return []
+        rows = []
+        for number, line in enumerate(self.metrics.read_bytes().splitlines(), start=1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise UserError(
+                    f"{self.metrics}: line {number} is damaged ({error}); take the line out"
+                ) from error
+        return rows
+
+    def last_checkpoint(self) -> Path:
+        """Find the newest checkpoint.
+
+        Raises:
+            UserError: the run has none.
+        """
+        files = list_checkpoints(self.checkpoints)
+        if not files:
+            raise UserError(
+                f"run={self.path}: no checkpoint; a run leaves the first after its first round"
+            )
+        return files[-1]
+
+    def save_encoder(self, model: Encoder, dataset: Mapping[str, Any], rounds: int) -> None:
+        """Write the encoder alone, in the form of `encoder.py`."""
+        write_atomically(self.path / ENCODER_FILE, pack_encoder(model, dataset, rounds))
+
+    def add_result(self, result: Mapping[str, Any]) -> None:
+        """Append an evaluation to results.json, which keeps them all."""
+        text = json.dumps([*self.read_results(), result], indent=2)
+        write_atomically(self.results, text.encode())
+
+    def read_results(self) -> list[dict[str, Any]]:
+        """Read the evaluations so far.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        if not self.results.is_file():
+            return []
+        try:
+            results = list(json.loads(self.results.read_bytes()))
+            for number, result in enumerate(results, start=1):
+                if not isinstance(result, dict) or not isinstance(result.get("rows"), list):
+                    raise ValueError(f"entry {number} is no evaluation")
+            return results
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"{self.results}: damaged ({error}); move it away and evaluate again"
+            ) from error
+
+
+def _claim(path: Path) -> Path:
+    """Make a directory for a run and no other: PATH, else PATH-2, PATH-3, ..."""
+    for place in chain([path], (path.with_name(f"{path.name}-{n}") for n in count(2))):
+        with suppress(FileExistsError):
+            place.mkdir(parents=True, exist_ok=True)  # Hydra makes it, too
+            (place / "checkpoints").mkdir()
+            break
+    return place
+
+
+def _point_latest(link: Path, run: Path) -> None:
+    temporary = link.with_name(f".{LATEST}.{uuid4().hex[:8]}")
+    link.parent.mkdir(parents=True, exist_ok=True)
+    temporary.symlink_to(os.path.relpath(run, link.parent), target_is_directory=True)
+    os.replace(temporary, link)

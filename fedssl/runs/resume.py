@@ -1,0 +1,173 @@
+"""Going on with a run that was interrupted, or with more rounds."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from fedssl.config.compose import flatten, load_config
+from fedssl.data.image_set import ImageSet
+from fedssl.errors import WARNING, UserError
+from fedssl.files import remove_partial
+from fedssl.runs.checkpoints import (
+    Checkpoint,
+    list_checkpoints,
+    list_unfinished,
+    load_checkpoint,
+    remove_after,
+)
+from fedssl.runs.directory import LATEST, RunDirectory
+
+# What may differ from the run so far: where and how it runs, not what it learns.
+HARMLESS = {
+    *("num_rounds", "num_cpus", "num_gpus", "ray_address", "precision", "resume"),
+    *("min_nodes", "node_wait_s", "min_results", "round_timeout_s", "max_step_ratio"),
+    *("keep_checkpoints", "output_dir", "run_dir", "cache_dir", "dataset.path", "quiet"),
+}
+HARMLESS_GROUPS = ("eval.", "figures.")
+
+Report = Callable[[str], None]
+
+
+def with_earlier_overrides(arguments: Sequence[str]) -> list[str]:
+    """Put the overrides that a run was started with before those of `resume=`.
+
+    Raises:
+        UserError: no such run, or several jobs at once.
+    """
+    if not any(argument.startswith("resume=") for argument in arguments):
+        return list(arguments)
+    if {"--multirun", "-m"} & set(arguments):
+        raise UserError("resume: goes on with one run; leave --multirun out")
+    config = load_config("config", [a for a in arguments if not a.startswith("-")])
+    if config.resume is None:
+        return list(arguments)
+    run = find_run(config)
+    given = {_key(argument) for argument in arguments}
+    kept = [override for override in run.read_overrides() if _key(override) not in given]
+    place = [] if "run_dir" in given else [f"run_dir='{run.path}'"]
+    return [*kept, *arguments, *place]
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def find_run(config: DictConfig) -> RunDirectory:
+    """Find the run that `resume` names: a directory, or "latest" below output_dir.
+
+    Raises:
+        UserError: no run there.
+    """
+    given = str(config.resume)
+    folder = Path(config.output_dir, LATEST) if given == LATEST else Path(given)
+    run = RunDirectory(folder.expanduser().resolve())
+    if not run.config.is_file():
+        raise UserError(f"resume={given}: no run at {run.path}; give a run's directory, or latest")
+    return run
+
+
+def check_continuation(
+    config: DictConfig, run: RunDirectory, image_set: ImageSet | None
+) -> Checkpoint | None:
+    """Make sure that a run can go on with this configuration and these images.
+
+    Returns:
+        The newest checkpoint that is intact; None if no round was finished.
+
+    Raises:
+        UserError: the configuration or the images differ in what decides the
+            result, there are fewer rounds than are done, or nothing is left.
+    """
+    check_same(flatten(config), flatten(run.load_config()))
+    checkpoint = newest_intact(run, lambda line: None)
+    if checkpoint is None:
+        return None
+    if checkpoint.round > config.num_rounds:
+        raise UserError(
+            f"num_rounds={config.num_rounds}: the run has done {checkpoint.round}; give at least "
+            "that, or more to go on"
+        )
+    if checkpoint.round == config.num_rounds and run.read_results():
+        raise UserError(
+            f"resume={config.resume}: all {config.num_rounds} rounds are done and evaluated; give "
+            "more num_rounds to go on"
+        )
+    if checkpoint.images != (image_set.content if image_set else None):
+        raise UserError(
+            f"resume={config.resume}: the images differ from those that the run began with; "
+            "restore them, or start a new run"
+        )
+    return checkpoint
+
+
+def check_same(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    """Compare two configurations by their dotted keys.
+
+    Raises:
+        UserError: they differ in more than harmless ways.
+    """
+    odd = [
+        f"{key} was {before.get(key)}, is {now.get(key)}"
+        for key in sorted(now.keys() | before.keys())
+        if now.get(key) != before.get(key)
+        and key not in HARMLESS
+        and not key.startswith(HARMLESS_GROUPS)
+    ]
+    if odd:
+        raise UserError(
+            f"resume: the run was started differently ({'; '.join(odd)}); leave these out to go "
+            "on, or start a new run"
+        )
+
+
+def newest_intact(run: RunDirectory, report: Report) -> Checkpoint | None:
+    """Read the newest checkpoint that is complete and undamaged; tell of those that are not.
+
+    Raises:
+        UserError: there are some, and all of them are damaged.
+    """
+    for file in list_unfinished(run.checkpoints):
+        report(f"{WARNING}{file.name} was not finished and is left out")
+    files = list_checkpoints(run.checkpoints)
+    for file in reversed(files):
+        try:
+            return load_checkpoint(file)
+        except UserError as error:
+            report(f"{WARNING}left out: {error}")
+    if files:
+        raise UserError(
+            f"resume={run.path}: all {len(files)} checkpoints are damaged; start a new run"
+        )
+    return None
+
+
+def reopen(
+    config: DictConfig, image_set: ImageSet | None, overrides: Sequence[str], report: Report
+) -> tuple[RunDirectory, Checkpoint | None]:
+    """Put a run's directory back to the end of its last complete round.
+
+    Args:
+        report: told of what was found damaged, and where the run goes on.
+
+    Raises:
+        UserError: the run can't go on so, or is still going on.
+    """
+    run = find_run(config)
+    run.lock()
+    check_continuation(config, run, image_set)
+    for folder in (run.path, run.checkpoints):
+        for name in remove_partial(folder):
+            report(f"{name} was being written when the run ended; its earlier state counts")
+    checkpoint = newest_intact(run, report)
+    done = checkpoint.round if checkpoint else 0
+    remove_after(run.checkpoints, done)
+    rows = [row for row in run.read_metrics() if row["round"] <= done]
+    if checkpoint and not any(row["round"] == done for row in rows):
+        rows.append(dict(checkpoint.row))
+    run.write_metrics(rows)
+    run.write_config(config, overrides)
+    where = f"after round {done}" if done else "from the start: no round was finished"
+    report(f"going on with {run.path} {where}")
+    return run, checkpoint

@@ -1,0 +1,1 @@
+"""Local training, free of Flower."""

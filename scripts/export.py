@@ -1,0 +1,96 @@
+"""The encoder that a run has trained as ONNX, for use without PyTorch.
+
+python -m scripts.export --out=encoder.onnx
+python -m scripts.export --encoder=encoder.safetensors
+"""
+
+import importlib.util
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+
+from fedssl.config.command_line import run_entry
+from fedssl.errors import UserError
+from fedssl.files import check_replaceable, replacing
+from fedssl.runs.encoder_file import TrainedEncoder, find_encoder, load_encoder
+
+NEEDED = ("onnx", "onnxscript", "onnxruntime")
+BATCH_SIZES = (2, 5)  # of the export and the comparison: any other will do
+TOLERANCE = 1e-3  # of the largest feature
+
+
+def prepare(settings: DictConfig) -> TrainedEncoder:
+    """Check all that can be checked before any work starts.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{', '.join(missing)}: not installed; pip install -r requirements-dev.txt")
+    check_replaceable("out", settings.out)
+    return load_encoder(find_encoder(settings.encoder, settings.run))
+
+
+def write_onnx(trained: TrainedEncoder, file: Path) -> None:
+    """Write the network from images to features, channel statistics included.
+
+    Input `images`: float32 (N, 3, image_size, image_size) in [0, 1]; output
+    `features`: float32 (N, feature_size); any N. The metadata is the encoder's.
+    """
+    images = torch.rand(BATCH_SIZES[0], 3, trained.image_size, trained.image_size)
+    with warnings.catch_warnings(action="ignore"):  # of the exporter about itself
+        program = torch.onnx.export(
+            trained.model,
+            (images,),
+            input_names=["images"],
+            output_names=["features"],
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            dynamo=True,
+            verbose=False,
+        )
+    program.model.metadata_props.update(trained.facts)
+    program.save(file)
+
+
+def largest_difference(trained: TrainedEncoder, file: Path) -> tuple[float, float]:
+    """Compare ONNX Runtime with PyTorch on random images.
+
+    Returns:
+        The largest absolute difference, and the largest feature.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    size = trained.image_size
+    images = torch.rand(BATCH_SIZES[1], 3, size, size, generator=torch.Generator().manual_seed(0))
+    (features,) = session.run(["features"], {"images": images.numpy()})
+    with torch.inference_mode():
+        expected = trained.model.features(images).numpy()
+    return float(np.abs(features - expected).max()), float(np.abs(expected).max())
+
+
+def export(settings: DictConfig) -> None:
+    """Write the file if it gives PyTorch's features; say how well they agree."""
+    trained = prepare(settings)
+    out = Path(settings.out).expanduser()
+    try:
+        with replacing(out) as temporary:
+            write_onnx(trained, temporary)
+            difference, largest = largest_difference(trained, temporary)
+            if not difference <= TOLERANCE * largest:
+                raise RuntimeError(
+                    f"ONNX Runtime's features differ by {difference:.2g} from PyTorch's "
+                    f"(up to {largest:.2g}); nothing was written"
+                )
+    except OSError as error:
+        raise RuntimeError(f"can't write {out}: {error}") from error
+    print(f"{out}: {trained}, images (N, 3, {trained.image_size}, {trained.image_size}) in [0, 1]")
+    print(f"ONNX Runtime and PyTorch differ by {difference:.1e} at most, of up to {largest:.1f}")
+
+
+if __name__ == "__main__":
+    run_entry("export", prepare, export)

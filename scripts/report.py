@@ -1,0 +1,49 @@
+"""Write the page of a run again.
+
+python -m scripts.report                          # the newest run
+python -m scripts.report --run=outputs/DATE/TIME
+python -m scripts.report path=DIR                 # its images have moved
+"""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from fedssl.config.command_line import run_entry
+from fedssl.data.cache import open_image_set
+from fedssl.data.image_set import ImageSet
+from fedssl.errors import UserError
+from fedssl.reporting.page import read_rounds, write_report
+from fedssl.runs.directory import RunDirectory
+
+
+def prepare(settings: DictConfig) -> tuple[RunDirectory, DictConfig, ImageSet | None]:
+    """Open all that a report needs.
+
+    Raises:
+        UserError: a run or image set that can't be used.
+    """
+    run = RunDirectory(Path(settings.run).expanduser().resolve())
+    config = run.load_config()
+    read_rounds(run)
+    run.last_checkpoint()
+    config.precision = settings.precision
+    if settings.path:
+        config.dataset.path = settings.path
+    if config.dataset.source == "imagefolder" and not config.dataset.path:
+        return run, config, None  # each client had a folder of its own
+    try:
+        return run, config, open_image_set(config.dataset, settings.cache_dir, config.seed, print)
+    except UserError as error:
+        raise UserError(f"{error}; if the images have moved, add path=DIR") from error
+
+
+def report(settings: DictConfig) -> None:
+    """Write the report of a run as the command line asks."""
+    run, config, image_set = prepare(settings)
+    write_report(run, config, settings, image_set)
+    print(f"Written to {run.report}")
+
+
+if __name__ == "__main__":
+    run_entry("report", prepare, report)

@@ -1,0 +1,162 @@
+import pytest
+
+from fedssl.config.command_line import flags_to_overrides, is_informative, jobs_of
+from fedssl.config.compose import CONF, flatten, load_config
+from fedssl.config.schema import CHOICES
+from fedssl.errors import UserError
+
+GROUPS = [
+    f"{folder.name}={file.stem}"
+    for folder in sorted(CONF.iterdir())
+    if folder.is_dir()
+    for file in sorted(folder.glob("*.yaml"))
+]
+
+OPEN = {"name", "hub_name", "image_column", "label_column", "train_split", "test_split"}
+OPEN |= {"_target_", "output_dir", "run_dir", "cache_dir"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "overrides"),
+    [
+        (["--num_clients=3"], ["num_clients=3"]),
+        (["--num_clients", "3"], ["num_clients=3"]),
+        (["--num-clients", "3", "--num_gpus=0.25"], ["num_clients=3", "num_gpus=0.25"]),
+        (["--dataset", "cifar10", "seed=1"], ["dataset=cifar10", "seed=1"]),
+        (["--train.batch_size", "32"], ["train.batch_size=32"]),
+        (["--seed", "-1"], ["seed=-1"]),
+        (["--run", "outputs/latest"], ["run=outputs/latest"]),
+        (["--multirun", "seed=1,2"], ["--multirun", "seed=1,2"]),
+        (["-m", "--seed=1,2"], ["-m", "seed=1,2"]),
+        (["--cfg", "job", "--resolve"], ["--cfg", "job", "--resolve"]),
+        (["--cfg=job"], ["--cfg=job"]),
+        (["--help"], ["--help"]),
+        (["--quiet", "seed=1"], ["quiet=true", "seed=1"]),
+        (["--quiet"], ["quiet=true"]),
+        (["--quiet", "false"], ["quiet=false"]),
+        (["--quiet=false"], ["quiet=false"]),
+    ],
+)
+def test_flags_become_overrides_and_hydras_stay(arguments, overrides):
+    assert flags_to_overrides(arguments) == overrides
+
+
+@pytest.mark.parametrize("arguments", [["--num_clients"], ["--num_clients", "--num_rounds=1"]])
+def test_a_flag_without_a_value_is_refused(arguments):
+    with pytest.raises(UserError, match="--num_clients needs a value"):
+        flags_to_overrides(arguments)
+
+
+@pytest.mark.parametrize("choice", GROUPS)
+def test_a_wrong_option_names_the_valid_ones_and_the_nearest(choice):
+    group, _, option = choice.partition("=")
+    with pytest.raises(UserError) as error:
+        load_config("config", [f"{choice}x"])
+    told = str(error.value)
+    assert told.startswith(f"{choice}x: unknown {group}; ")
+    assert "did you mean " in told
+    options = {file.stem for file in (CONF / group).glob("*.yaml")}
+    assert options == set(told.partition("known: ")[2].rstrip(")").split(", "))
+    assert option in options
+
+
+@pytest.mark.parametrize("wrong", ["foo", "16", "null"])
+@pytest.mark.parametrize("key", CHOICES)
+def test_a_wrong_choice_names_the_valid_ones(key, wrong):
+    brings = {
+        "partition.class_assignment_mode": ["partition=pathological"],
+        "partition.partition_by": ["partition=dirichlet"],
+    }
+    with pytest.raises(UserError) as error:
+        load_config("test" if key == "mode" else "config", [*brings.get(key, []), f"{key}={wrong}"])
+    assert all(choice in str(error.value) for choice in CHOICES[key])
+
+
+def test_hydras_help_needs_no_checks():
+    assert is_informative(["--cfg=job"])
+    assert not is_informative(["--multirun", "seed=1,2"])
+
+
+def test_a_sweep_is_every_combination():
+    jobs = jobs_of(["-m", "seed=1,2", "num_clients=range(2,4)", "num_rounds=1"])
+    assert len(jobs) == 4
+    assert ["seed=2", "num_clients=3", "num_rounds=1"] in jobs
+
+
+@pytest.mark.parametrize("choice", GROUPS)
+def test_every_option_composes_and_its_texts_are_open_or_have_known_choices(choice):
+    values = flatten(load_config("config", [choice]))
+    texts = {key.removeprefix("eval.") for key, value in values.items() if isinstance(value, str)}
+    assert {key for key in texts if key.rpartition(".")[2] not in OPEN} <= set(CHOICES)
+
+
+def test_the_promised_defaults():
+    config = load_config("config", [])
+    assert (config.num_clients, config.num_rounds) == (5, 7)
+    assert (config.eval.label_fraction, config.eval.epochs) == (0.1, 20)
+    assert config.dataset.name == "digits"
+    assert config.strategy._target_.endswith("FedAvg")
+
+
+def test_a_dataset_brings_its_views_and_optimization():
+    config = load_config("config", ["dataset=cifar10"])
+    assert config.augment.flip == 0.5
+    assert config.dataset.image_size == 32
+    assert load_config("config", ["dataset=cifar10", "augment=digits"]).augment.flip == 0
+
+
+def test_main_and_test_share_the_protocol():
+    own = flatten(load_config("test", []))
+    shared = flatten(load_config("config", []).eval)
+    for key in ("learning_rate", "weight_decay"):  # as the run's
+        assert own.pop(key) is None
+        del shared[key]
+    assert shared.items() <= own.items()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dataset=cifr10", "unknown dataset; did you mean cifar10?"),
+        ("model=resnet34", "unknown model; did you mean resnet"),
+        ("strategy=krumm", "unknown strategy; did you mean krum?"),
+        ("partition=zzz", "unknown partition; known: dirichlet, iid, pathological"),
+        ("num_client=5", "num_client: unknown key; did you mean num_clients?"),
+        ("train.learning_rte=1", "did you mean train.learning_rate?"),
+        ("learning_rate=1", "did you mean"),
+        ("num_clients=0", "num_clients=0: must be at least 1"),
+        ("participants=[x]", "participants=['x']: must be a list of whole numbers, from 0 on"),
+        ("model.deep_supervision=[layer5]", "no layer5; did you mean layer3?"),
+        ("train.round_lengths=[0,1]", "must be a list of numbers above 0 and at most 1"),
+        ("train.round_lengths=[0.5,2]", "must be a list of numbers above 0 and at most 1"),
+        ("train.view_sizes=[2]", "must be a list of whole numbers, 4 to 4096"),
+        ("train.encode_size=9", "the images have 8 pixels; at most these"),
+        ("experiment=cifar", "did you mean cifar10_"),
+        ("num_clients=-3", "num_clients=-3: must be at least 1"),
+        ("num_clients=2.5", "must be a whole number"),
+        ("num_clients=many", "must be a whole number"),
+        ("num_clients=true", "must be a whole number"),
+        ("num_rounds=0", "must be at least 1"),
+        ("num_cpus=0", "must be at least 1"),
+        ("num_cpus=lots", "must be a whole number"),
+        ("num_gpus=-1", "must be at least 0"),
+        ("eval.label_fraction=0", "must be above 0 and at most 1"),
+        ("eval.label_fraction=1.1", "must be above 0 and at most 1"),
+        ("precision=fp16", "precision=fp16: known: auto, float32, bfloat16"),
+        ("train.batch_size=1", "must be at least 2"),
+        ("train.temperature=0", "must be above 0"),
+        ("train.learning_rate=nan", "must be a finite number"),
+        ("augment.crop_scale=0.2", "must be a list"),
+        ("augment.crop_scale=[0.2]", "must be a list of 2 numbers"),
+        ("augment.crop_scale=[0.9,0.1]", "must rise"),
+        ("dataset.path=a=b", "not of the form key=value"),
+        ("num_clients=1,2", "num_clients=1,2"),
+        ("num_rounds", "num_rounds: not of the form key=value"),
+        ("model.stem=conv", "model.stem=conv"),
+    ],
+)
+def test_a_wrong_override_gets_one_line_with_the_remedy(override, message):
+    with pytest.raises(UserError) as error:
+        load_config("config", [override])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,359 @@
+"""The app as a real federation: SuperLink, SuperNodes and runs are processes on loopback.
+
+Their logs lie in the test's temporary folder, which pytest keeps when a test
+fails; the message of a failure shows the end of them.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+from runs.test_encoder_file import README
+
+from benchmarks.performance.simulation import descendants
+from fedssl.deployment.certificates import make_certificates
+from fedssl.deployment.checks import free_port
+
+BIN = Path(sys.executable).parent
+TINY = ["train.local_epochs=1", "train.max_steps=2", "monitor.bank=100", "monitor.queries=50"]
+TINY += ["precision=float32", "num_cpus=1", "model.stem=imagenet"]
+
+
+class Place:
+    """Processes of one federation, with a home, an output folder and logs of their own."""
+
+    def __init__(self, folder):
+        self.folder, self.port, self.started = folder, free_port(), {}
+        self.outputs, self.home = folder / "outputs", folder / "home"
+        self.home.mkdir()
+        self.env = os.environ | {
+            "HOME": str(self.home),
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONUNBUFFERED": "1",
+            "RAY_ADDRESS": "local",  # `flwr run` would join the cluster of another test
+        }
+        self.env.pop("FLWR_HOME", None)
+        self.link = f"127.0.0.1:{self.port}"
+
+    def start(self, name, *command):
+        """Start a process whose output goes to NAME.log, in a group of its own."""
+        with (self.folder / f"{name}.log").open("a") as log:
+            self.started[name] = subprocess.Popen(
+                command, cwd=ROOT, env=self.env, stdout=log, stderr=log, start_new_session=True
+            )
+        return self.started[name]
+
+    def superlink(self, *arguments):
+        given = arguments or ("--insecure",)
+        self.start("superlink", "flower-superlink", *given, "--port", str(self.port))
+        self.wait_for("superlink", "Uvicorn running", 120)
+
+    def client(self, number, *arguments):
+        to = ("--superlink", self.link, "--insecure", "--max-wait-time", "5")
+        self.start(f"client{number}", "flower-client-app", f"app:client{number}", *to, *arguments)
+
+    def server(self, *overrides, name="server"):
+        to = ("--superlink", self.link, "--insecure", "--max-wait-time", "5")
+        places = (f"output_dir={self.outputs}", f"cache_dir={self.folder}/cache")
+        given = ("app:server", *to, *places, *TINY, *overrides)
+        return self.start(name, "flower-server-app", *given)
+
+    def log(self, name):
+        return (self.folder / f"{name}.log").read_text()
+
+    def all_logs(self):
+        ends = (f"== {file}\n{file.read_text()[-1500:]}" for file in self.folder.glob("*.log"))
+        return "\n".join(ends)
+
+    def wait_for(self, name, text, timeout_s):
+        """Wait until a log holds a text."""
+        deadline = time.monotonic() + timeout_s
+        while text not in self.log(name):
+            gone = self.started[name].poll() is not None and text not in self.log(name)
+            assert not gone, f"{name} ended without {text!r}\n{self.all_logs()}"
+            assert time.monotonic() < deadline, f"no {text!r} in {name}\n{self.all_logs()}"
+            time.sleep(0.2)
+
+    def end(self, name, timeout_s):
+        """Wait for the end of a process; give its status."""
+        try:
+            return self.started[name].wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"{name} still runs after {timeout_s} s\n{self.all_logs()}")
+
+    def run(self, *command):
+        """Run a command to its end."""
+        done = subprocess.run(command, cwd=ROOT, env=self.env, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    def rounds(self):
+        """Read the metrics of the newest run."""
+        return [json.loads(line) for line in (self.outputs / "latest/metrics.jsonl").open()]
+
+    def kill(self, name):
+        """Kill a process and its children without a chance to say goodbye."""
+        launcher = self.started[name]
+        for pid in [*descendants(launcher.pid), launcher.pid]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        launcher.wait()
+
+    def stop_all(self):
+        for process in reversed(self.started.values()):
+            if process.poll() is None:
+                process.terminate()
+        for process in self.started.values():
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+        # A ServerApp without its SuperLink ends after Flower's back-off: each of its three
+        # threads waits up to 20 s, one after the other, and then 5 s for a graceful end.
+        deadline = time.monotonic() + 75
+        while left := self.left_over():
+            if time.monotonic() > deadline:
+                pytest.fail(f"still running: {left}")
+            time.sleep(0.5)
+
+    def left_over(self):
+        """List Flower processes that carry this place's home."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                ours = f"HOME={self.home}".encode() in (entry / "environ").read_bytes()
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+            if ours and ("flower" in command or "flwr" in command):
+                found.append(command[:200])
+        return found
+
+
+@pytest.fixture
+def place(tmp_path):
+    made = Place(tmp_path)
+    yield made
+    made.stop_all()
+
+
+def test_the_four_commands_give_the_numbers_of_the_simulation(place):
+    rounds = ["num_rounds=2", "num_clients=2"]
+    place.superlink()
+    place.client(1)
+    place.client(2)
+    place.server(*rounds)
+    assert place.end("server", 180) == 0, place.all_logs()
+    assert "everything is in" in place.log("server")
+    federated, run = place.rounds(), (place.outputs / "latest").resolve()
+    names = {file.name for file in run.iterdir() if not file.name.startswith(("events.", "."))}
+    assert names == {
+        *("checkpoints", "config.yaml", "encoder.safetensors", "loss_graph.png"),
+        *("metrics.jsonl", "overrides.yaml"),
+    }
+    assert not (place.home / ".flwr" / "config.toml").exists()  # the user's configuration
+    place.stop_all()
+
+    places = [f"output_dir={place.folder}/simulated", f"cache_dir={place.folder}/cache"]
+    quick = ["eval.seeds=1", "eval.epochs=1"]
+    main = [sys.executable, "main.py", *places, *quick, *TINY, *rounds]
+    status, output = place.run(*main)
+    assert status == 0, output
+    file = place.folder / "simulated/latest/metrics.jsonl"
+    for ours, theirs in zip(federated, map(json.loads, file.open()), strict=True):
+        for key in ("train_loss", "eval_loss", "knn"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5), key
+        assert ours["failures"] == []
+        for client, other in zip(ours["clients"], theirs["clients"], strict=True):
+            assert client["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
+
+    evaluate = [f"run={run}", f"cache_dir={place.folder}/cache", "seeds=1", "epochs=1"]
+    status, output = place.run(sys.executable, "test.py", *evaluate)
+    assert status == 0, output
+    assert (run / "results.json").is_file()
+
+
+def test_own_folders_over_tls_with_authenticated_nodes(place):
+    """The walkthrough's run of three sites, each with a folder and a key."""
+    start_line = r"^flower-server-app app:server --insecure (dataset=.*num_clients=3)$"
+    (chosen,) = re.findall(start_line, README, re.MULTILINE)
+    keys = place.folder / "certificates"
+    make_certificates(keys, [], nodes=4, days=1)  # node4 is never registered
+    tls = ["--ssl-ca-certfile", f"{keys}/ca.crt", "--ssl-certfile", f"{keys}/server.crt"]
+    tls += ["--ssl-keyfile", f"{keys}/server.key", "--enable-supernode-auth"]
+    place.superlink(*tls)
+    (place.home / ".flwr").mkdir(exist_ok=True)
+    (place.home / ".flwr" / "config.toml").write_text(
+        f'[superlink.sites]\naddress = "{place.link}"\nroot-certificates = "{keys}/ca.crt"\n'
+    )
+    for number in range(1, 4):
+        register = ["flwr", "supernode", "register", f"{keys}/node{number}.pub", "sites"]
+        status, output = place.run(*register)
+        assert status == 0, output
+        own = place.folder / f"site{number} images"
+        write_images(own, 12 + number, seed=number)
+        flowers_own = ("flower-supernode", "--port", str(free_port()))
+        command = flowers_own if number == 1 else ("flower-client-app", "app:client")
+        place.start(
+            f"node{number}",
+            *(*command, "--superlink", place.link, "--root-certificates", f"{keys}/ca.crt"),
+            *("--auth-supernode-private-key", f"{keys}/node{number}"),
+            *("--node-config", f'partition-id={number - 1} data-path="{own}"'),
+        )
+    to = ("--superlink", place.link, "--root-certificates", f"{keys}/ca.crt")
+    overrides = [*chosen.split(), *TINY, "num_rounds=1", f"output_dir={place.outputs}"]
+    status, output = place.run("flower-server-app", "app:server", *to, *overrides)
+    assert status == 0, output
+    row = place.rounds()[0]
+    assert [client["num_examples"] for client in row["clients"]] == [11, 12, 13], output
+    assert row["knn"] is None  # the server has no images
+    assert row["failures"] == []
+
+    other = place.folder / "other"
+    make_certificates(other, [], nodes=1, days=1)
+    trust = ["--root-certificates", f"{keys}/ca.crt"]
+    key = "--auth-supernode-private-key"
+    refused(place, "does not know this node's key", *trust, key, f"{keys}/node4")
+    refused(place, "only takes nodes whose keys it knows", *trust)
+    refused(place, "it closes unencrypted connections", "--insecure")
+    distrust = ["--root-certificates", f"{other}/ca.crt", key, f"{keys}/node1"]
+    refused(place, "certificate is not accepted", *distrust)
+
+
+def refused(place, reason, *arguments):
+    """A node that may not take part ends with a reason in its last line."""
+    node = ["flower-client-app", "app:client1", "--superlink", place.link, "--max-wait-time", "2"]
+    status, output = place.run(*node, *arguments)
+    assert status == 1, output
+    assert reason in output.splitlines()[-1], output
+
+
+def write_images(folder, count, seed):
+    """Write unlabelled colour images, as a site would hold them."""
+    folder.mkdir()
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"image {number}.png")
+
+
+def test_flwr_run_simulates(place):
+    """`flwr run .` starts a SuperLink of its own, which Flower leaves running."""
+    overrides = [*TINY, "num_rounds=1", f"output_dir={place.outputs}"]
+    overrides += [f"cache_dir={place.folder}/cache"]
+    try:
+        status, output = place.run(
+            *("flwr", "run", ".", "--stream", "--federation-config", "num-supernodes=2"),
+            *("--run-config", f'hydra-overrides="{" ".join(overrides)}"'),
+        )
+        assert status == 0, output
+        assert (place.outputs / "latest" / "metrics.jsonl").is_file(), output
+        assert len(place.rounds()[0]["clients"]) == 2
+        assert (place.outputs / "latest" / "encoder.safetensors").is_file()
+    finally:
+        subprocess.run(["pkill", "-f", f"{place.home}/.flwr/local-superlink"])
+
+
+def test_a_node_that_dies_is_left_out_and_taken_back(place):
+    """In a run that Flower's own command starts."""
+    place.superlink()
+    place.client(1)
+    place.client(2)
+    (place.home / ".flwr").mkdir(exist_ok=True)
+    (place.home / ".flwr" / "config.toml").write_text(
+        f'[superlink.two-sites]\naddress = "{place.link}"\ninsecure = true\n'
+    )
+    overrides = [*TINY, "round_timeout_s=30", "min_nodes=1", "num_clients=2", "num_rounds=2"]
+    overrides += [f"output_dir={place.outputs}", f"cache_dir={place.folder}/cache"]
+    run_config = f'hydra-overrides="{" ".join(overrides)}"'
+    place.start("server", "flwr", "run", ".", "two-sites", "--stream", "--run-config", run_config)
+    place.wait_for("server", "configure_train", 240)
+    place.kill("client2")
+    place.client(2)
+    place.wait_for("server", "without client 1: no reply within 30 s", 90)
+    place.wait_for("server", "partition 1 is connected again", 60)
+    assert place.end("server", 90) == 0, place.all_logs()
+    first, second = place.rounds()
+    assert {"partition": 1, "reason": "no reply within 30 s"} in first["failures"]
+    assert [client["partition"] for client in first["clients"]] == [0]
+    assert [client["partition"] for client in second["clients"]] == [0, 1]
+    assert second["failures"] == []
+
+
+def test_a_node_that_never_comes_and_a_superlink_that_is_stopped(place):
+    place.superlink()
+    place.client(1)
+    place.server("node_wait_s=4")
+    assert place.end("server", 60) == 1
+    last = place.log("server").splitlines()[-1]
+    assert "1 of 2 nodes are connected after waiting 4 s" in last
+    assert "Traceback" not in place.log("server")
+
+    place.server(name="again")
+    place.wait_for("again", "1 of 2 nodes are connected; waiting", 240)
+    place.started["superlink"].terminate()
+    for name in ("again", "client1"):
+        assert place.end(name, 40) == 1
+        assert "failed: " in place.log(name).splitlines()[-1], place.log(name)
+    assert "has been gone for 5 s" in place.log("client1").splitlines()[-1]
+
+
+BAD_INPUT = {
+    "unknown client": (["client", "app:client9"], "did you mean app:client"),
+    "unknown module": (["client", "nowhere:client1"], "in the module 'app'"),
+    "the other kind": (["client", "app:server"], "known: client, client1, client2"),
+    "no attribute": (["client", "app"], "must be module:attribute"),
+    "a client as server": (["server", "app:client1"], "known: server"),
+    "no SuperLink": (["server", "app:server"], "no SuperLink at"),
+    "no SuperLink for a node": (["client", "app:client1", "--max-wait-time=1"], "no SuperLink at"),
+    "a wrong address": (["client", "app:client1", "--superlink=here"], "must be HOST:PORT"),
+    "a missing certificate": (["client", "app:client1", "--root-certificates=no.crt"], "no such"),
+    "a missing folder": (
+        ["client", "app:client1", "--node-config", 'data-path="/nowhere"'],
+        "data-path=/nowhere: is no folder",
+    ),
+    "an unknown node key": (
+        ["client", "app:client1", "--node-config", "partition=0"],
+        "partition: unknown key; known: partition-id",
+    ),
+    "an unknown run key": (["server", "app:server", "--run-config", "rounds=3"], "rounds: unknown"),
+    "a wrong override": (["server", "app:server", "num_round=3"], "did you mean num_rounds?"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_gets_one_line(case, place):
+    (kind, *arguments), message = BAD_INPUT[case]
+    link = (
+        [] if any(a.startswith("--superlink") for a in arguments) else ["--superlink", place.link]
+    )
+    secure = [] if any("certificates" in a for a in arguments) else ["--insecure"]
+    status, output = place.run(f"flower-{kind}-app", *arguments, *link, *secure)
+    assert status != 0
+    assert message in output.splitlines()[-1]
+    assert "Traceback" not in output
+
+
+def test_an_empty_folder_and_a_port_in_use_get_one_line(place):
+    empty = place.folder / "empty"
+    empty.mkdir()
+    node = ["flower-client-app", "app:client1", "--insecure", "--superlink", place.link]
+    status, output = place.run(*node, "--node-config", f'data-path="{empty}"')
+    assert (status, output.count("\n")) == (2, 1)
+    assert "is empty" in output
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        status, output = place.run(*node, f"--port={port}")
+    assert (status, output.count("\n")) == (2, 1)
+    assert f"--port={port}: Address already in use" in output

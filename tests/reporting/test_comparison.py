@@ -1,0 +1,132 @@
+"""Gathering runs into a table and a plot: known inputs, known numbers."""
+
+import json
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from omegaconf import OmegaConf
+
+from fedssl.config.compose import load_config
+from fedssl.errors import UserError
+from fedssl.reporting.comparison import find_runs, gather, read_scores, summarize, to_markdown
+
+
+def make_run(folder, top1, overrides=(), fraction=0.1):
+    """Write the small files of a run whose linear head reached `top1`."""
+    folder.mkdir(parents=True)
+    config = load_config("config", list(overrides))
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+    rows = [
+        {"encoder": "federated SimCLR", "method": "linear head", "mean": top1},
+        {"encoder": "random encoder", "method": "linear head", "mean": 0.5},
+    ]
+    result = {"protocol": {"label_fraction": fraction}, "rows": rows}
+    (folder / "results.json").write_text(json.dumps([result]))
+    (folder / "metrics.jsonl").write_text('{"seconds": 90}\n{"seconds": 30}\n')
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    for clients, seed, top1 in ((2, 0, 0.60), (2, 1, 0.70), (10, 0, 0.40), (10, 1, 0.50)):
+        make_run(tmp_path / f"{clients}-{seed}", top1, [f"num_clients={clients}", f"seed={seed}"])
+    return tmp_path
+
+
+def test_scores_are_percent_and_named_by_encoder_method_and_labels(tmp_path):
+    make_run(tmp_path / "run", 0.625, fraction=0.02)
+    (run,) = find_runs([tmp_path])
+    assert read_scores(run) == {
+        "linear head, 2 %": 62.5,
+        "random encoder, linear head, 2 %": 50.0,
+        "minutes": 2.0,
+    }
+
+
+def test_seeds_are_averaged_and_only_what_differs_is_shown(sweep):
+    frame, settings, empty = gather(find_runs([sweep]))
+    assert settings == ["num_clients"]
+    assert empty == []
+    table = summarize(frame, settings)
+    assert list(table.index) == [2, 10]
+    assert table["runs", ""].tolist() == [2, 2]
+    assert table["linear head, 10 %", "mean"].tolist() == pytest.approx([65, 45])
+    assert table["linear head, 10 %", "std"].tolist() == pytest.approx([50**0.5] * 2)
+    lines = to_markdown(table).splitlines()
+    head = (
+        "| num_clients | runs | linear head, 10 % | random encoder, linear head, 10 % | minutes |"
+    )
+    assert lines[0] == head
+    assert lines[2] == "| 2 | 2 | 65.0 ± 7.1 | 50.0 ± 0.0 | 2.0 ± 0.0 |"
+
+
+def test_a_setting_that_an_older_run_did_not_know_is_no_difference(tmp_path):
+    for name in ("older", "newer"):
+        make_run(tmp_path / name, 0.5, ["train.round_lengths=[]"])
+    file = tmp_path / "older" / "config.yaml"
+    config = OmegaConf.load(file)
+    del config.train["round_lengths"]
+    file.write_text(OmegaConf.to_yaml(config))
+    assert gather(find_runs([tmp_path]))[1] == []
+    make_run(tmp_path / "short", 0.5, ["train.round_lengths=[0.5,1]"])
+    assert gather(find_runs([tmp_path]))[1] == ["train.round_lengths"]
+
+
+def test_what_a_choice_brings_along_is_not_told_twice(tmp_path):
+    for partition in ("iid", "dirichlet"):
+        for seed in (0, 1):
+            chosen = [f"partition={partition}", f"seed={seed}"]
+            make_run(tmp_path / f"{partition}{seed}", 0.5, chosen)
+    frame, settings, _ = gather(find_runs([tmp_path]))
+    assert settings == ["partition._target_"]
+    lines = to_markdown(summarize(frame, settings)).splitlines()
+    assert [line.split(" | ")[:2] for line in (lines[0], *lines[2:])] == [
+        ["| partition", "runs"],
+        ["| Dirichlet", "2"],
+        ["| Iid", "2"],
+    ]
+    make_run(tmp_path / "other", 0.5, ["partition=dirichlet", "partition.alpha=0.1"])
+    _, settings, _ = gather(find_runs([tmp_path]))
+    assert settings == ["partition._target_", "partition.alpha"]
+
+
+def test_a_single_run_has_no_spread(tmp_path):
+    make_run(tmp_path / "run", 0.6)
+    frame, settings, _ = gather(find_runs([tmp_path]))
+    assert settings == []
+    assert to_markdown(summarize(frame, settings)).splitlines()[2] == "| 1 | 60.0 | 50.0 | 2.0 |"
+
+
+def test_runs_without_an_evaluation_are_named(tmp_path, sweep):
+    (tmp_path / "10-1" / "results.json").unlink()
+    frame, _, (empty,) = gather(find_runs([sweep]))
+    assert len(frame) == 3
+    assert empty.path.name == "10-1"
+
+
+def test_latest_is_not_counted_twice(sweep):
+    (sweep / "latest").symlink_to("2-0")
+    assert len(find_runs([sweep])) == 4
+    assert len(find_runs([sweep / "latest"])) == 1
+
+
+def test_a_place_without_runs_is_named(tmp_path):
+    with pytest.raises(UserError, match="no run there or below"):
+        find_runs([tmp_path])
+
+
+def test_the_command_writes_table_lines_and_plot(sweep, tmp_path):
+    command = [sys.executable, "-m", "scripts.compare", str(sweep)]
+    done = subprocess.run(
+        [*command, f"--out={tmp_path}/clients"], capture_output=True, text=True, check=True
+    )
+    assert "| 10 | 2 | 45.0 ± 7.1 |" in done.stdout
+    assert (tmp_path / "clients.md").read_text() in done.stdout
+    lines = pd.read_csv(tmp_path / "clients.csv")
+    assert sorted(lines["linear head, 10 %"]) == pytest.approx([40, 50, 60, 70])
+    assert (tmp_path / "clients.png").read_bytes().startswith(b"\x89PNG")
+    wrong = subprocess.run([*command, "--metric=speed"], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: --metric=speed: not among these runs; known: ")
+    assert len(wrong.stderr.splitlines()) == 1

@@ -1,0 +1,246 @@
+"""The page of a run, also as a browser shows it, and TensorBoard's curves."""
+
+import re
+
+import numpy as np
+import pytest
+from browser import CHROMIUM, Browser
+from conftest import CPU
+from federation.test_rounds import FAST, LocalGrid
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fedssl.config.compose import load_config
+from fedssl.data.image_set import Images, ImageSet
+from fedssl.errors import UserError
+from fedssl.federation.nodes import Nodes
+from fedssl.federation.rounds import Federation
+from fedssl.reporting import sections as pictures
+from fedssl.reporting.figures import MAX_NAMES, draw_map
+from fedssl.reporting.page import write_report
+from fedssl.reporting.sections import picture_map, picture_partitions
+from fedssl.runs.directory import RunDirectory
+from main import try_report
+from scripts.report import prepare
+from test import evaluate_run
+
+REASON = "<script>alert('no')</script> & so on"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cache_dir, digits):
+    """A run of two rounds and three clients, and how many rounds TensorBoard saw in each."""
+    folder = tmp_path_factory.mktemp("report")
+    given = ["num_clients=3", "num_rounds=2", "train.local_epochs=1", "train.max_steps=1", FAST]
+    given += ["precision=float32", "num_cpus=1", f"cache_dir={cache_dir}", f"output_dir={folder}"]
+    config = load_config("config", [*given, "eval.seeds=1", "partition=dirichlet"])
+    run = RunDirectory.create(folder / "run", config, given)
+    shown = []
+
+    def look(row):
+        shown.append(len(read_events(run).Scalars("train_loss")))
+
+    Federation(Nodes.of(LocalGrid(config), config), config, run, digits, look).train()
+    rows = run.read_metrics()
+    rows[1]["failures"] = [{"partition": 2, "reason": REASON}]
+    run.write_metrics(rows)
+    evaluate_run(run, config, config.eval, digits, run.last_checkpoint())
+    write_report(run, config, config.figures, digits)
+    return run, config, shown
+
+
+def read_events(run):
+    events = EventAccumulator(str(run.path))
+    events.Reload()
+    return events
+
+
+@pytest.fixture
+def page(finished):
+    return finished[0].report.read_text()
+
+
+def test_the_page_holds_the_runs_numbers_settings_and_origin(finished, page):
+    run, _, _ = finished
+    (result,) = run.read_results()
+    for row in result["rows"]:
+        assert f"{100 * row['mean']:.1f} %" in page
+    for row in run.read_metrics():
+        assert f"<td>{row['train_loss']:.3f}</td>" in page
+    commit = result["measured"]["commit"] or "unknown"  # as in a copy without git's history
+    for text in (commit, "scikit-learn", "train.max_steps", "DirichletPart"):
+        assert text in page
+    assert page.count("data:image/png;base64,") == 6
+    assert "Left out" not in page
+
+
+def test_what_clients_say_is_text_and_no_markup(page):
+    assert "<script" not in page
+    assert "&lt;script&gt;alert" in page
+
+
+def test_the_page_needs_nothing_else(page):
+    assert not re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?(?!data:)[\w/.]""", page)
+    assert "http:" not in page
+    assert "https:" not in page
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium in PATH")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_in_a_browser(finished, tmp_path, width):
+    with Browser() as browser:
+        browser.open(finished[0].report.as_uri(), width, mobile=width < 500, dark=width < 500)
+        inner, full = browser.evaluate("[innerWidth, document.documentElement.scrollWidth]")
+        shown = browser.evaluate("[...document.images].map(i => i.complete && i.naturalWidth)")
+        clipped = browser.evaluate(
+            "[...document.querySelectorAll('img, p, h1, .table')].filter("
+            "e => e.getBoundingClientRect().right > innerWidth).length"
+        )
+        browser.screenshot(tmp_path / "page.png")
+    assert (inner, clipped) == (width, 0)
+    assert full <= width
+    assert len(shown) == 6
+    assert all(shown)
+    assert (tmp_path / "page.png").stat().st_size > 50_000
+    asked = [e["params"]["request"]["url"] for e in browser.events if "request" in e["params"]]
+    assert asked
+    assert all(url.startswith(("file:", "data:")) for url in asked)
+    noisy = {"Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown"}
+    assert not noisy & {event["method"] for event in browser.events}
+
+
+def test_tensorboard_holds_the_numbers_of_every_round(finished):
+    events = read_events(finished[0])
+    rows = finished[0].read_metrics()
+
+    def read(tag):
+        return [(event.step, event.value) for event in events.Scalars(tag)]
+
+    for key in ("train_loss", "eval_loss", "knn", "effective_rank", "uniformity", "alignment"):
+        assert read(key) == [(row["round"], pytest.approx(row[key], rel=1e-6)) for row in rows]
+    for key in ("train_loss", "eval_loss", "step"):
+        for number in range(3):
+            expected = [(r["round"], pytest.approx(r["clients"][number][key])) for r in rows]
+            assert read(f"client_{key}/{number}") == expected
+
+
+def test_every_round_reaches_tensorboard_before_the_next(finished):
+    assert finished[2] == [1, 2]
+
+
+def settings_for(finished, *overrides):
+    run, config, _ = finished
+    return load_config("report", [f"run={run.path}", f"cache_dir={config.cache_dir}", *overrides])
+
+
+def test_a_run_opens_with_its_own_images(finished):
+    run, config, image_set = prepare(settings_for(finished))
+    assert (run.path, config.seed) == (finished[0].path, 0)
+    assert len(image_set.test.pixels) == 360
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.yaml", None, "no config.yaml"),
+        ("config.yaml", "a: [", "can't be read"),
+        ("config.yaml", "a: 1", "holds no 'dataset'"),
+        ("config.yaml", "just text", "holds no 'dataset'"),
+        ("metrics.jsonl", None, "no finished round"),
+        ("metrics.jsonl", '{"round": 1}\n', "line 1 is no round"),
+        ("metrics.jsonl", "[1]\n", "line 1 is no round"),
+        ("checkpoints/round-0002.json", None, "no checkpoint"),
+    ],
+)
+def test_what_is_missing_or_damaged_gets_one_line(finished, tmp_path, name, text, message):
+    run = finished[0]
+    for part in ("config.yaml", "metrics.jsonl", "checkpoints/round-0002.json"):
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+        (tmp_path / part).write_bytes((run.path / part).read_bytes())
+    (tmp_path / "checkpoints" / "round-0002.safetensors").touch()
+    (tmp_path / name).unlink()
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        prepare(settings_for(finished, f"run={tmp_path}"))
+    assert "\n" not in str(error.value)
+
+
+def test_images_that_moved_are_asked_for(finished, tmp_path):
+    with pytest.raises(UserError, match=r"no such folder.*add path=DIR"):
+        prepare(settings_for(finished, f"path={tmp_path}/none"))
+
+
+def test_without_labels_the_page_says_what_it_leaves_out(finished, digits, tmp_path):
+    run, config, _ = finished
+    bare = ImageSet(Images(digits.train.pixels, None), None, [], [], "bare", "")
+    other = RunDirectory.create(tmp_path / "run", config)
+    rows = [row | {"knn": None} for row in run.read_metrics()]
+    other.write_metrics(rows)
+    for file in run.checkpoints.glob("round-0002.*"):
+        (other.checkpoints / file.name).write_bytes(file.read_bytes())
+    write_report(other, config, {**config.figures, "map_images": 30}, bare)
+    page = other.report.read_text()
+    assert page.count("Left out") == 3  # kNN, map, partitions
+    assert "29 others" in page
+    assert "Training images" in page
+    assert "Not evaluated" in page
+    write_report(other, config, config.figures, None)  # the clients alone have images
+    assert other.report.read_text().count("Left out") == 4
+
+
+def test_a_failing_report_costs_no_results(finished, digits, monkeypatch, capsys):
+    run, config, _ = finished
+    before = run.report.read_bytes()
+    monkeypatch.setattr(pictures, "TSNE", lambda **settings: 1 / 0)
+    try_report(run, config, digits)
+    assert "no report (ZeroDivisionError" in capsys.readouterr().out
+    assert run.report.read_bytes() == before
+
+
+def test_the_partitions_shown_are_those_the_clients_held(finished, digits, tmp_path):
+    run, config, _ = finished
+    rows = run.read_metrics()
+    picture = picture_partitions(config, rows, digits, tmp_path / "a.png")
+    assert picture.file.is_file()
+    assert "1,437 training images, dealt out to 3 clients" in picture.caption
+    rows[0]["clients"][0]["num_examples"] += 1  # a node with a folder of its own
+    assert picture_partitions(config, rows, digits, tmp_path / "b.png").file is None
+
+
+def test_a_map_keeps_apart_what_is_apart():
+    rng = np.random.default_rng(0)
+    centres = np.repeat(np.eye(3, 16), 20, axis=0)
+    features = (centres + 0.05 * rng.normal(size=(60, 16))).astype(np.float32)
+    points, trust = pictures.lay_out(features, perplexity=10, seed=0)
+    again, _ = pictures.lay_out(features, perplexity=10, seed=0)
+    assert np.array_equal(points, again)
+    assert trust > 0.8
+    distances = np.linalg.norm(points[:, None] - points, axis=2) + np.diag([np.inf] * 60)
+    assert (distances.argmin(axis=1) // 20 == np.arange(60) // 20).all()
+
+
+def test_a_map_of_many_classes_has_a_scale_of_their_numbers(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("fedssl.reporting.figures._save", lambda figure, file: drawn.append(figure))
+    points, labels = np.zeros((30, 2), dtype=np.float32), np.arange(30)
+    for count in (MAX_NAMES, MAX_NAMES + 1):
+        names = [f"class {n}" for n in range(count)]
+        draw_map({"before": points, "after": points}, labels % count, names, "map.png")
+    few, many = drawn
+    assert (len(few.axes), len(few.legends)) == (2, 1)
+    assert (len(many.axes), len(many.legends)) == (3, 0)
+    assert many.axes[2].get_xlim() == (0, MAX_NAMES)
+
+
+def test_the_map_shows_the_baseline_and_the_trained_encoder(finished, digits, tmp_path):
+    run, config, _ = finished
+    encoded = pictures.encode_some(run, config, {"map_images": 40}, digits)
+    assert encoded.before.shape == encoded.after.shape == (40, 512)
+    untrained = pictures.build_model(config.model, config.dataset, config.seed, CPU)
+    dtype = pictures.choose_dtype("float32", CPU)
+    expected = pictures.extract_features(untrained, encoded.pixels, CPU, dtype, 256, 8)
+    np.testing.assert_allclose(encoded.before, expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(encoded.before - encoded.after).max() > 1e-3
+    picture = picture_map(config, {"perplexity": 30}, encoded, digits, tmp_path / "map.png")
+    assert "40 test images" in picture.caption
+    assert "perplexity 13" in picture.caption  # a third of the images at most

@@ -1,0 +1,86 @@
+import json
+
+import pytest
+import torch
+
+from fedssl.errors import UserError
+from fedssl.files import check_writable, write_atomically
+from fedssl.runs.directory import RunDirectory
+from fedssl.runs.provenance import provenance
+
+
+@pytest.fixture
+def run(tmp_path, config):
+    return RunDirectory.create(tmp_path / "day" / "one", config)
+
+
+def test_a_run_without_checkpoints_says_so(run):
+    with pytest.raises(UserError, match="no checkpoint"):
+        run.last_checkpoint()
+
+
+def test_a_folder_that_is_no_run_says_so(tmp_path):
+    with pytest.raises(UserError, match=r"no config\.yaml"):
+        RunDirectory(tmp_path).load_config()
+
+
+def test_latest_points_at_the_newest_run(tmp_path, config):
+    for name in ("one", "two"):
+        run = RunDirectory.create(tmp_path / "day" / name, config)
+        assert (tmp_path / "latest").resolve() == run.path
+    assert not (tmp_path / "latest").readlink().is_absolute()  # the folder can be moved
+
+
+def test_results_are_kept_side_by_side(run):
+    run.add_result({"rows": [1]})
+    run.add_result({"rows": [2]})
+    assert json.loads(run.results.read_text()) == [{"rows": [1]}, {"rows": [2]}]
+
+
+def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    write_atomically(file, b"old")
+    monkeypatch.setattr("fedssl.files.os.fsync", lambda descriptor: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_atomically(file, b"new")
+    assert file.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_runs_of_the_same_second_get_directories_of_their_own(tmp_path, config):
+    runs = [RunDirectory.create(tmp_path / "12-00-00", config) for _ in range(3)]
+    assert [run.path.name for run in runs] == ["12-00-00", "12-00-00-2", "12-00-00-3"]
+    assert all(run.config.is_file() for run in runs)
+
+
+def test_a_damaged_metrics_line_is_named(run):
+    run.append_metrics({"round": 1})
+    run.append_metrics({"round": 2})
+    run.metrics.write_bytes(run.metrics.read_bytes()[:-4])
+    with pytest.raises(UserError, match="line 2 is damaged"):
+        run.read_metrics()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("[{", "double quotes"), ("5", "iterable"), ('[{"rows": []}, {"a": 1}]', "entry 2 is no")],
+)
+def test_damaged_results_are_named(run, text, reason):
+    run.add_result({"rows": []})
+    run.results.write_text(text)
+    with pytest.raises(UserError, match=rf"results\.json: damaged .*{reason}"):
+        run.add_result({"rows": []})
+
+
+def test_an_output_directory_that_cannot_be_made_gets_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"output_dir=.*can't be written"):
+        check_writable(tmp_path / "file" / "below")
+    check_writable(tmp_path / "a" / "b")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_number_tells_where_it_was_measured():
+    facts = provenance()
+    assert facts["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert facts["hardware"]["cores"] >= 1

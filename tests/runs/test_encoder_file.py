@@ -1,0 +1,135 @@
+"""The encoder in a file of its own: read by this project, and by plain torchvision."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, ROOT
+from PIL import Image
+from safetensors.torch import save_file
+
+from fedssl.config.compose import load_config
+from fedssl.data.decoding import decode
+from fedssl.errors import UserError
+from fedssl.evaluation.features import extract_features
+from fedssl.runs.encoder_file import ENCODER_FILE, find_encoder, load_encoder, pack_encoder
+from utils import build_model
+
+README = (ROOT / "README.md").read_text()
+ELSEWHERE = README.partition("### The encoder elsewhere")[2]
+SNIPPET = re.search(r"```python\n(.*?)```", ELSEWHERE, re.DOTALL)[1]
+ENDING = """
+import sys
+assert not {"model", "encoder", "utils"} & sys.modules.keys()
+print(json.dumps(features[0].tolist()))
+"""
+
+
+def run_snippet(folder):
+    """Run the README's lines in a process that can't see this project; return the features."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", SNIPPET + ENDING], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return np.array(json.loads(done.stdout), dtype=np.float32)
+
+
+def write_encoder(folder, *overrides):
+    """Write an encoder whose BatchNorm has seen images, as a run does; return the model."""
+    config = load_config("config", overrides)
+    model = build_model(config.model, config.dataset, 0, CPU)
+    size = config.dataset.image_size
+    model.features(torch.rand(8, 3, size, size, generator=torch.Generator().manual_seed(0)))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ENCODER_FILE).write_bytes(pack_encoder(model, config.dataset, rounds=3))
+    return model
+
+
+@pytest.fixture
+def file(tmp_path):
+    write_encoder(tmp_path)
+    return tmp_path / ENCODER_FILE
+
+
+@pytest.mark.parametrize(
+    ("overrides", "image_shape"),
+    [
+        ([], (8, 8)),
+        (["model=resnet50", "dataset.image_size=48"], (48, 48)),
+        (["model.stem=imagenet", "dataset=cifar10"], (40, 56)),
+    ],
+    ids=["resnet18, stride 1", "resnet50, stride 2", "resnet18, imagenet"],
+)
+def test_the_readmes_lines_give_the_same_features_without_this_project(
+    tmp_path, rng, overrides, image_shape
+):
+    write_encoder(tmp_path / "outputs" / "latest", *overrides)
+    pixels = rng.integers(0, 256, (*image_shape, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    theirs = run_snippet(tmp_path)
+    trained = load_encoder(find_encoder(None, str(tmp_path / "outputs" / "latest")))
+    size = trained.image_size
+    if image_shape == (size, size):
+        images = pixels.transpose(2, 0, 1)[None]
+        ours = extract_features(trained.model, images, CPU, torch.float32, 1, size)[0]
+        np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-5)
+    else:  # torchvision and Pillow round differently
+        images = decode(tmp_path / "photo.png", size)[None]
+        ours = extract_features(trained.model, images, CPU, torch.float32, 1, size)[0]
+        cosine = theirs @ ours / np.linalg.norm(theirs) / np.linalg.norm(ours)
+        assert cosine > 0.99
+
+
+def test_what_is_written_is_read(tmp_path, digits):
+    model = write_encoder(tmp_path)
+    trained = load_encoder(tmp_path / ENCODER_FILE)
+    arguments = (digits.test.pixels[:10], CPU, torch.float32, 10, 8)
+    ours, theirs = extract_features(model, *arguments), extract_features(trained.model, *arguments)
+    np.testing.assert_array_equal(ours, theirs)
+    assert trained.image_size == 8
+    assert trained.facts["dataset"] == "digits"
+    assert trained.facts["rounds"] == "3"
+    assert str(trained) == "resnet18 (digits, 8 x 8 pixels)"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("truncated", "damaged, or not the encoder of a run"),
+        ("text", "damaged, or not the encoder of a run"),
+        ("empty", "damaged, or not the encoder of a run"),
+        ("other tensors", "no 'image_size' in its metadata"),
+        ("another stem", "shape"),
+        ("wrong statistics", "damaged"),
+    ],
+)
+def test_a_file_that_is_no_encoder_gets_one_line(file, damage, message):
+    data = file.read_bytes()
+    if damage == "truncated":
+        file.write_bytes(data[: len(data) // 2])
+    elif damage == "text":
+        file.write_text("these are not the weights you are looking for")
+    elif damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "other tensors":
+        save_file({"weight": torch.zeros(3)}, file)
+    elif damage == "another stem":
+        file.write_bytes(data.replace(b'"conv3x3_stride1"', b'"imagenet"       '))
+    elif damage == "wrong statistics":
+        file.write_bytes(data.replace(b"[0.31, 0.31, 0.31]", b"[0.31, 0.31      ]"))
+    with pytest.raises(UserError, match=message) as error:
+        load_encoder(file)
+    assert str(file) in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_an_encoder_that_is_not_there_gets_one_line(tmp_path, file):
+    assert find_encoder(None, str(tmp_path)) == find_encoder(str(file), "/nowhere") == file
+    with pytest.raises(UserError, match=r"encoder=/nowhere: no such file"):
+        find_encoder("/nowhere", str(tmp_path))
+    with pytest.raises(UserError, match=r"run=/nowhere: no encoder\.safetensors there"):
+        find_encoder(None, "/nowhere")
