@@ -1,0 +1,173 @@
+"""The numbers of a round: each is named once, with its label, format and where it is shown."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from enum import Flag, auto
+from typing import Any
+
+
+class Where(Flag):
+    """The places that show a number of a round.
+
+    TABLE: the terminal's line of a round; LOG: the log of a deployed run; CURVE:
+    TensorBoard, over rounds; PAGE: the table of rounds in the report.
+    """
+
+    TABLE = auto()
+    LOG = auto()
+    CURVE = auto()
+    PAGE = auto()
+
+
+EVERYWHERE = Where.TABLE | Where.LOG | Where.CURVE | Where.PAGE
+NOWHERE = Where(0)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How a number is shown.
+
+    Attributes:
+        label: the heading of its column, the name in a line of the log.
+        form: a format specification, of the number times `scale`.
+        unit: behind the number, with the space before it.
+        where: the places that show it.
+    """
+
+    label: str
+    form: str
+    unit: str = ""
+    scale: float = 1.0
+    where: Where = EVERYWHERE
+
+    def text(self, value: float | None) -> str | None:
+        """Write a value with its unit; None stays None."""
+        if value is None:
+            return None
+        return f"{value * self.scale if self.scale != 1 else value:{self.form}}{self.unit}"
+
+
+def shown(*how: Any, **more: Any) -> Any:
+    """Declare a field that is shown; the arguments are those of `Shown`. Its default is None."""
+    return field(default=None, metadata={"shown": Shown(*how, **more)})
+
+
+@dataclass(frozen=True)
+class ClientMetrics:
+    """A client's numbers of a round; what it did not take part in is None.
+
+    Attributes:
+        num_examples: images that it trained on.
+        update_norm: Euclidean length of the way from the global parameters to its own.
+        cosine: between its update and the sum of the others' updates.
+        images: that its steps used, each time they did.
+    """
+
+    partition: int
+    num_examples: int | None = None
+    train_loss: float | None = field(default=None, metadata={"curve": True})
+    eval_loss: float | None = field(default=None, metadata={"curve": True})
+    update_norm: float | None = field(default=None, metadata={"curve": True})
+    cosine: float | None = field(default=None, metadata={"curve": True})
+    images: int | None = None
+    images_per_second: float | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client that is left out of a round, and the reason in one line."""
+
+    partition: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class RoundMetrics:
+    """The numbers of a round, a line of metrics.jsonl.
+
+    Losses are in nats, means over clients weighted by their images; None where
+    nobody could tell. `knn` is top-1 from 0 to 1. `bytes_moved` counts the model's
+    arrays, to the clients and back.
+    """
+
+    round: int
+    train_loss: float | None = shown("train loss", ".3f")
+    eval_loss: float | None = shown("eval loss", ".3f")
+    effective_rank: float | None = shown(
+        "rank", ".1f", where=Where.TABLE | Where.CURVE | Where.PAGE
+    )
+    uniformity: float | None = shown("uniformity", ".2f", where=Where.CURVE | Where.PAGE)
+    alignment: float | None = shown("alignment", ".2f", where=Where.CURVE | Where.PAGE)
+    knn: float | None = shown("kNN", ".1%")
+    seconds: float | None = shown("time", ".1f", " s")
+    seconds_train: float | None = None
+    seconds_evaluate: float | None = None
+    seconds_knn: float | None = None
+    images_per_second: float | None = shown(
+        "images/s", ",.0f", where=Where.LOG | Where.CURVE | Where.PAGE
+    )
+    bytes_moved: int | None = shown("moved", ",.0f", " MB", 1e-6)
+    clients: tuple[ClientMetrics, ...] = ()
+    failures: tuple[Failure, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def numbers(cls, where: Where) -> Iterator[tuple[str, Shown]]:
+        """List the names of the numbers that a place shows, in order, and how."""
+        for each in fields(cls):
+            how = each.metadata.get("shown")
+            if how and how.where & where:
+                yield each.name, how
+
+    def texts(self, where: Where) -> dict[str, str | None]:
+        """Write what a place shows, by label; None where there is no number."""
+        return {how.label: how.text(getattr(self, name)) for name, how in self.numbers(where)}
+
+    def curves(self) -> dict[str, float]:
+        """List the numbers that are curves over rounds.
+
+        A section for each curve of the clients, `client_NAME/PARTITION`, so that
+        the clients stand side by side.
+        """
+        found = {name: getattr(self, name) for name, _ in self.numbers(Where.CURVE)}
+        for client in self.clients:
+            for each in fields(client):
+                if each.metadata.get("curve"):
+                    tag = f"client_{each.name}/{client.partition}"
+                    found[tag] = getattr(client, each.name)
+        return {tag: value for tag, value in found.items() if value is not None}
+
+    def to_json(self) -> dict[str, Any]:
+        """Give what a line of metrics.jsonl holds; a client's missing numbers are left out."""
+        clients = [
+            {name: value for name, value in asdict(client).items() if value is not None}
+            for client in self.clients
+        ]
+        return asdict(self) | {"clients": clients}
+
+    @classmethod
+    def from_json(cls, line: Mapping[str, Any]) -> "RoundMetrics":
+        """Read a line of metrics.jsonl, of an older run, too.
+
+        Raises:
+            ValueError: it is no round of a run.
+        """
+        if not isinstance(line, Mapping) or not {"round", "clients", "failures"} <= line.keys():
+            raise ValueError("no round of a run")
+        known = {each.name for each in fields(cls)}
+        values = {name: value for name, value in line.items() if name in known}
+        try:
+            values["clients"] = tuple(_client(client) for client in line["clients"])
+            values["failures"] = tuple(Failure(**failure) for failure in line["failures"])
+            values["warnings"] = tuple(line.get("warnings", ()))
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"no round of a run ({error})") from error
+        return cls(**values)
+
+
+def _client(line: Mapping[str, Any]) -> ClientMetrics:
+    known = {each.name for each in fields(ClientMetrics)}
+    values = {name: value for name, value in line.items() if name in known}
+    if "step" in line:  # its name until version 1.1
+        values["update_norm"] = line["step"]
+    return ClientMetrics(**values)
