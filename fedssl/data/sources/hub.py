@@ -117,12 +117,19 @@ class HubSource(Source):
         return table
 
     def _labels(self, table: "datasets.Dataset") -> np.ndarray | None:
-        """Read the labels, int64 (rows,)."""
+        """Read the labels, int64 (rows,).
+
+        Raises:
+            UserError: they are no whole numbers.
+        """
         if self.label_column is None:
             return None
+        kind = str(getattr(table.features[self.label_column], "dtype", ""))
         try:
+            if not kind.startswith(("int", "uint", "bool")):
+                raise TypeError(kind)
             return np.asarray(table[self.label_column], dtype=np.int64)
-        except (TypeError, ValueError) as error:
+        except TypeError as error:  # or a row without a label
             raise UserError(
                 f"{self.place}: column {self.label_column!r} holds no class numbers; set "
                 "dataset.label_column to one that does, or to null"
