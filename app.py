@@ -25,6 +25,7 @@ from fedssl.config.compose import load_config
 from fedssl.data.cache import open_image_set
 from fedssl.data.image_set import ImageSet
 from fedssl.errors import UserError
+from utils import open_source
 
 DEFAULTS = ["num_clients=2"]
 HALVES = {"client1": 0, "client2": 1}
@@ -83,9 +84,10 @@ def identify(context: Context, app: str | None = None) -> Identity:
 
 def open_servers_images(config: DictConfig) -> ImageSet | None:
     """Open the images for the kNN accuracy; with folders at the nodes only, there are none."""
-    if config.dataset.source == "imagefolder" and config.dataset.path is None:
+    source = open_source(config.dataset)
+    if not source.is_here:
         return None
-    return open_image_set(config.dataset, config.cache_dir, config.seed)
+    return open_image_set(source, config.dataset.image_size, config.cache_dir, config.seed)
 
 
 def log_round(row: Mapping[str, Any]) -> None:

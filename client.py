@@ -16,6 +16,7 @@ from fedssl.compute import choose_device, choose_dtype, release_memory
 from fedssl.data.cache import open_image_set
 from fedssl.data.image_set import Images
 from fedssl.data.partitions import open_partitions, split_held_out
+from fedssl.data.sources.folder import own_folder
 from fedssl.data.views import Augmentation, make_augmentation
 from fedssl.errors import UserError
 from fedssl.federation.messages import pack_state, unpack_state
@@ -25,7 +26,7 @@ from fedssl.training.local import hold_images, local_loss, local_train
 from fedssl.training.optimizers import make_optimization
 from fedssl.training.schedule import plan_round, view_size
 from model import SimCLR
-from utils import build_model
+from utils import build_model, open_source
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 
@@ -137,21 +138,21 @@ def _open_images(
     config: DictConfig, num_partitions: int, data_path: str | None, verify: bool = False
 ) -> tuple[Images, list[np.ndarray]]:
     """Open a node's own folder, all of it, or the data set that is dealt out to all."""
-    places = (config.cache_dir, config.seed)
-    spec = OmegaConf.to_container(config.dataset)
+    places = (config.dataset.image_size, config.cache_dir, config.seed)
     if data_path is None:
-        if spec["source"] == "imagefolder" and spec["path"] is None:
+        source = open_source(config.dataset)
+        if not source.is_here:
             raise UserError('this node has no images; put data-path="DIR" into its --node-config')
-        image_set = open_image_set(spec, *places, verify=verify)
+        image_set = open_image_set(source, *places, verify=verify)
         dealt = (
             num_partitions,
             OmegaConf.to_container(config.partition, resolve=True),
             config.seed,
         )
         return image_set.train, open_partitions(image_set, config.cache_dir, *dealt)
-    spec |= {"source": "imagefolder", "path": data_path, "labels": False}
+    folder = own_folder(data_path, config.dataset.name)
     try:
-        train = open_image_set(spec, *places, verify=verify).train
+        train = open_image_set(folder, *places, verify=verify).train
     except UserError as error:
         raise UserError(str(error).replace("dataset.path", "data-path")) from error
     order = np.random.default_rng(derive_seed(config.seed, "partition"))

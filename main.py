@@ -48,7 +48,7 @@ from fedssl.runs.checkpoints import Checkpoint
 from fedssl.runs.directory import RunDirectory
 from fedssl.runs.resume import check_continuation, find_run, reopen, with_earlier_overrides
 from test import check_evaluable, evaluate_run
-from utils import build_model
+from utils import build_model, open_source
 
 
 def prepare(config: DictConfig) -> tuple[ClientResources, ImageSet]:
@@ -80,7 +80,13 @@ def prepare(config: DictConfig) -> tuple[ClientResources, ImageSet]:
         )
     check_writable(Path(config.run_dir))
     report = make_report(config.quiet)
-    image_set = open_image_set(config.dataset, config.cache_dir, config.seed, report)
+    image_set = open_image_set(
+        open_source(config.dataset),
+        config.dataset.image_size,
+        config.cache_dir,
+        config.seed,
+        report,
+    )
     dealt = (
         config.num_clients,
         OmegaConf.to_container(config.partition, resolve=True),
@@ -89,16 +95,11 @@ def prepare(config: DictConfig) -> tuple[ClientResources, ImageSet]:
     parts = open_partitions(image_set, config.cache_dir, *dealt)
     for rows in parts:
         split_held_out(rows, config.held_out)
-    if has_labels(image_set):
+    if image_set.labelled:
         check_evaluable(config.eval, image_set, config.seed)
     if config.resume is not None:
         check_continuation(config, find_run(config), image_set)
     return resources, image_set
-
-
-def has_labels(image_set: ImageSet) -> bool:
-    """Tell whether the linear evaluation has something to compare with."""
-    return image_set.train.labels is not None and image_set.test is not None
 
 
 def simulate(
@@ -236,7 +237,7 @@ def train_and_evaluate(config: DictConfig) -> None:
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(go_on) from interrupt
     draw_loss_graph(run.read_metrics(), run.path / "loss_graph.png", config.dataset.name)
-    labelled = has_labels(image_set)
+    labelled = image_set.labelled
     if not config.quiet:
         print()
     if labelled:

@@ -45,7 +45,7 @@ from fedssl.runs.provenance import provenance
 from fedssl.seeding import derive_seed
 from fedssl.training.schedule import encode_size
 from model import SimCLR
-from utils import build_model, load_trained
+from utils import build_model, load_trained, open_source
 
 PROTOCOL = (
     *("label_fraction", "seeds", "epochs", "batch_size", "learning_rate", "weight_decay"),
@@ -190,7 +190,7 @@ def check_evaluable(settings: Mapping[str, Any], image_set: ImageSet, seed: int)
     Raises:
         UserError: no labelled test images, or too few training labels.
     """
-    if image_set.test is None or image_set.test.labels is None or image_set.train.labels is None:
+    if not image_set.labelled:
         raise UserError("these images have no labels, so there is nothing to evaluate against")
     draw_labelled(image_set.train.labels, settings["label_fraction"], seed)
 
@@ -303,7 +303,8 @@ def prepare(settings: DictConfig) -> tuple[RunDirectory, DictConfig, ImageSet, P
     choose_images(config, settings)
     load_trained(config, checkpoint, choose_device())
     report = make_report(settings.quiet)
-    image_set = open_image_set(config.dataset, settings.cache_dir, config.seed, report)
+    size, source = config.dataset.image_size, open_source(config.dataset)
+    image_set = open_image_set(source, size, settings.cache_dir, config.seed, report)
     check_evaluable(settings, image_set, config.seed)
     return run, config, image_set, checkpoint
 

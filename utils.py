@@ -5,13 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from fedssl.data.sources.base import Source
 from fedssl.errors import UserError
 from fedssl.networks.encoder import stem_for
 from fedssl.networks.state import load_state
 from fedssl.runs.checkpoints import load_checkpoint
 from model import SimCLR
+
+# Keys of the `dataset` section that are not the source's.
+NOT_THE_SOURCES = ("source", "image_size", "mean", "std")
 
 
 def build_model(
@@ -36,6 +42,23 @@ def build_model(
             model["deep_supervision"],
         )
     return built.to(device, memory_format=torch.channels_last)
+
+
+def open_source(section: Mapping[str, Any]) -> Source:
+    """Make the source of images that the `dataset` section describes; opens no image yet.
+
+    Raises:
+        UserError: the section names no source, or does not suit it.
+    """
+    arguments = {key: value for key, value in section.items() if key not in NOT_THE_SOURCES}
+    try:
+        source = instantiate(arguments)
+    except InstantiationException as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise UserError(f"dataset: {reason}") from error
+    if not isinstance(source, Source):
+        raise UserError(f"dataset._target_={arguments.get('_target_')}: no source of images")
+    return source
 
 
 def load_trained(config: DictConfig, checkpoint: Path, device: torch.device) -> tuple[SimCLR, int]:

@@ -15,6 +15,7 @@ from fedssl.data.image_set import ImageSet
 from fedssl.errors import UserError
 from fedssl.reporting.page import read_rounds, write_report
 from fedssl.runs.directory import RunDirectory
+from utils import open_source
 
 
 def prepare(settings: DictConfig) -> tuple[RunDirectory, DictConfig, ImageSet | None]:
@@ -30,10 +31,12 @@ def prepare(settings: DictConfig) -> tuple[RunDirectory, DictConfig, ImageSet | 
     config.precision = settings.precision
     if settings.path:
         config.dataset.path = settings.path
-    if config.dataset.source == "imagefolder" and not config.dataset.path:
+    source = open_source(config.dataset)
+    if not source.is_here:
         return run, config, None  # each client had a folder of its own
+    places = (config.dataset.image_size, settings.cache_dir, config.seed)
     try:
-        return run, config, open_image_set(config.dataset, settings.cache_dir, config.seed, print)
+        return run, config, open_image_set(source, *places, print)
     except UserError as error:
         raise UserError(f"{error}; if the images have moved, add path=DIR") from error
 

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fedssl.config.compose import load_config
 from fedssl.data.cache import open_image_set
 from fedssl.env import ROOT
-from utils import build_model
+from utils import build_model, open_source
 
 CIFAR10 = Path(os.environ.get("CIFAR10_DIR", ROOT.parent / "shared" / "data" / "cifar10"))
 CPU = torch.device("cpu")
@@ -49,6 +50,11 @@ def in_terminal(command, columns=80, **variables):
     return process.wait(), b"".join(pieces).decode()
 
 
+def open_images(source, image_size, cache_dir, seed=0, **options):
+    """Open an image set by seed 0."""
+    return open_image_set(source, image_size, str(cache_dir), seed, **options)
+
+
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory):
     return str(tmp_path_factory.mktemp("cache"))
@@ -71,7 +77,7 @@ def config(cache_dir, tmp_path):
 
 @pytest.fixture(scope="session")
 def digits(cache_dir):
-    return open_image_set(load_config("config", []).dataset, cache_dir, seed=0)
+    return open_images(open_source(load_config("config", []).dataset), 8, cache_dir)
 
 
 @pytest.fixture
@@ -82,3 +88,21 @@ def model(config):
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def pets(tmp_path, rng):
+    """Class folders with images of many modes and sizes, 6 of each class."""
+    root = tmp_path / "pets"
+    for number, name in enumerate(("cat", "dog")):
+        (root / name).mkdir(parents=True)
+        for index, mode in enumerate(("RGB", "L", "RGBA", "P", "CMYK", "I;16")):
+            size = (20 + 10 * index, 30)
+            if mode == "I;16":
+                image = Image.fromarray(rng.integers(0, 2**16, size[::-1], dtype=np.uint16))
+            else:
+                pixels = rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+                image = Image.fromarray(pixels).convert(mode)
+            suffix = "jpg" if mode == "CMYK" else "png"
+            image.save(root / name / f"{number}{index}.{suffix}")
+    return root

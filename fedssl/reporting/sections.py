@@ -214,7 +214,8 @@ def picture_partitions(
     title = "Images of the clients"
     if image_set is None or image_set.train.labels is None:
         return Picture(title, "Left out: there are no labels.")
-    parts = partition_rows(image_set.train, config.num_clients, config.partition, config.seed)
+    dealt = (config.num_clients, dict(config.partition), config.seed)
+    parts = partition_rows(image_set.train, *dealt)
     if not _held(parts, config.held_out, rows):
         return Picture(title, "Left out: the clients held other images than this dealing gives.")
     counts = count_classes(image_set, parts)
