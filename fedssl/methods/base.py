@@ -56,3 +56,9 @@ class Method(nn.Module, ABC):
         """Give the state that travels: all of it but `local_names`."""
         local = self.local_names()
         return {name: value for name, value in self.state_dict().items() if name not in local}
+
+
+def local_arrays(method: Method) -> dict[str, Tensor]:
+    """Copy the arrays of a method's state that never travel."""
+    state = method.state_dict()
+    return {name: state[name].clone() for name in sorted(method.local_names())}
