@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedssl.federation.messages import unpack_state
 from fedssl.federation.nodes import Answer
+from fedssl.runs.metrics import ClientMetrics
 
 ARRAYS, METRICS = "arrays", "metrics"
 HEALTH = ("alignment", "uniformity", "effective-rank")
@@ -223,20 +224,21 @@ def weighted_mean(updates: list[Update], key: str) -> float | None:
     return float(np.average([update.metrics[key] for update in updates], weights=weights))
 
 
-def client_rows(updates: list[Update], evaluations: list[Update]) -> list[dict[str, Any]]:
-    """List each client's losses and pace for the metrics line."""
-    rows: dict[int, dict[str, Any]] = {}
-    for update in updates:
-        rows[update.partition] = {
-            "partition": update.partition,
-            "num_examples": update.num_examples,
-            "train_loss": update.metrics["train-loss"],
-            "step": update.step,
-            "cosine": update.cosine,
-            "images": int(update.metrics["images"]),
-            "images_per_second": update.metrics["images-per-second"],
-        }
+def client_metrics(updates: list[Update], evaluations: list[Update]) -> tuple[ClientMetrics, ...]:
+    """List each client's numbers of a round, by partition."""
+    found = {
+        update.partition: ClientMetrics(
+            partition=update.partition,
+            num_examples=update.num_examples,
+            train_loss=update.metrics["train-loss"],
+            update_norm=update.step,
+            cosine=update.cosine,
+            images=int(update.metrics["images"]),
+            images_per_second=update.metrics["images-per-second"],
+        )
+        for update in updates
+    }
     for update in evaluations:
-        row = rows.setdefault(update.partition, {"partition": update.partition})
-        row["eval_loss"] = update.metrics["eval-loss"]
-    return [rows[partition] for partition in sorted(rows)]
+        client = found.get(update.partition, ClientMetrics(update.partition))
+        found[update.partition] = replace(client, eval_loss=update.metrics["eval-loss"])
+    return tuple(found[partition] for partition in sorted(found))

@@ -3,12 +3,12 @@
 import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from flwr.app import ConfigRecord, Message, MessageType
 from omegaconf import DictConfig
-from torch.utils.tensorboard import SummaryWriter
 
 from fedssl.compute import choose_device, choose_dtype
 from fedssl.data.cache import name_some
@@ -22,7 +22,7 @@ from fedssl.federation.guards import (
     Update,
     check_answers,
     check_steps,
-    client_rows,
+    client_metrics,
     count_images,
     weighted_mean,
 )
@@ -31,17 +31,16 @@ from fedssl.federation.monitoring import find_warnings
 from fedssl.federation.nodes import Heard, Nodes, ignore
 from fedssl.federation.strategy_state import remember, restore
 from fedssl.networks.state import load_state
-from fedssl.reporting.tensorboard import scalars
+from fedssl.reporting.tensorboard import TensorboardWriter
 from fedssl.runs.checkpoints import Checkpoint, save_checkpoint
 from fedssl.runs.directory import RunDirectory
+from fedssl.runs.metrics import Failure, Progress, RoundMetrics
 from fedssl.seeding import derive_seed
 from fedssl.training.schedule import encode_size
 from utils import build_model
 
-OnRound = Callable[[Mapping[str, Any]], None]
-# Told while clients are waited for: the phase ("train" or "evaluate"), how many clients
-# have answered and were asked, and the images per second of training, None before the first.
-OnAnswer = Callable[[Mapping[str, Any]], None]
+OnRound = Callable[[RoundMetrics], None]
+OnAnswer = Callable[[Progress], None]
 
 
 class Federation:
@@ -62,9 +61,9 @@ class Federation:
         Args:
             image_set: for the kNN accuracy per round; None, or a set without
                 labels, leaves it out.
-            on_round: called with the metrics line of every finished round.
+            on_round: called with the metrics of every finished round.
             checkpoint: of the last round that was done.
-            on_answer: called with the standing of a round as clients answer.
+            on_answer: called with the progress of a round as clients answer.
         """
         self.nodes, self.config, self.run = nodes, config, run
         self.on_round, self.on_answer = on_round, on_answer
@@ -86,29 +85,27 @@ class Federation:
             RuntimeError: too few clients, or files can't be written.
         """
         try:
-            with SummaryWriter(str(self.run.path), purge_step=self.done + 1) as events:
+            with TensorboardWriter(self.run.path, purge_step=self.done + 1) as events:
                 for round_number in range(self.done + 1, self.config.num_rounds + 1):
-                    row = self._round(round_number)
-                    self._keep(row)
-                    for tag, value in scalars(row).items():
-                        events.add_scalar(tag, value, round_number)
-                    events.flush()
-                    self.on_round(row)
+                    metrics = self._round(round_number)
+                    self._keep(metrics)
+                    events.write(metrics)
+                    self.on_round(metrics)
             size = self._encode_size(self.config.num_rounds)
             dataset = {**self.config.dataset, "image_size": size}
             self.run.save_encoder(self.model, dataset, self.done)
         except OSError as error:
             raise RuntimeError(f"can't write to {self.run.path}: {error.strerror}") from error
 
-    def _keep(self, row: Mapping[str, Any]) -> None:
+    def _keep(self, metrics: RoundMetrics) -> None:
         """Write a round's checkpoint, then its metrics line."""
         state, memory = self.model.state_dict(), remember(self.strategy)
-        checkpoint = Checkpoint(row["round"], state, memory, row, self.images)
+        checkpoint = Checkpoint(metrics.round, state, memory, metrics, self.images)
         save_checkpoint(self.run.checkpoints, checkpoint, self.config.keep_checkpoints)
-        self.run.append_metrics(row)
-        self.done = row["round"]
+        self.run.append_metrics(metrics)
+        self.done = metrics.round
 
-    def _round(self, round_number: int) -> dict[str, Any]:
+    def _round(self, round_number: int) -> RoundMetrics:
         self.nodes.gather()
         began = time.perf_counter()
         updates, failures = self._ask(round_number, MessageType.TRAIN)
@@ -122,22 +119,22 @@ class Federation:
         evaluated = time.perf_counter()
         knn = self._knn(round_number)
         ended = time.perf_counter()
-        row = {
-            "round": round_number,
-            "train_loss": weighted_mean(updates, "train-loss"),
-            "eval_loss": weighted_mean(evaluations, "eval-loss"),
-            "knn": knn,
+        metrics = RoundMetrics(
+            round=round_number,
+            train_loss=weighted_mean(updates, "train-loss"),
+            eval_loss=weighted_mean(evaluations, "eval-loss"),
+            knn=knn,
             **{name.replace("-", "_"): weighted_mean(evaluations, name) for name in HEALTH},
-            "seconds": round(ended - began, 3),
-            "seconds_train": round(trained - began, 3),
-            "seconds_evaluate": round(evaluated - trained, 3),
-            "seconds_knn": round(ended - evaluated, 3),
-            "images_per_second": sum(u.metrics["images"] for u in updates) / (trained - began),
-            "bytes_moved": self._model_bytes() * (2 * len(updates) + len(evaluations)),
-            "clients": client_rows(updates, evaluations),
-            "failures": failures + eval_failures,
-        }
-        return row | {"warnings": find_warnings(row)}
+            seconds=round(ended - began, 3),
+            seconds_train=round(trained - began, 3),
+            seconds_evaluate=round(evaluated - trained, 3),
+            seconds_knn=round(ended - evaluated, 3),
+            images_per_second=sum(u.metrics["images"] for u in updates) / (trained - began),
+            bytes_moved=self._model_bytes() * (2 * len(updates) + len(evaluations)),
+            clients=client_metrics(updates, evaluations),
+            failures=tuple(Failure(**failure) for failure in failures + eval_failures),
+        )
+        return replace(metrics, warnings=tuple(find_warnings(metrics)))
 
     def _ask(self, round_number: int, kind: str) -> tuple[list[Update], list[dict[str, Any]]]:
         """Send the model to the sampled clients; give their updates and the failures."""
@@ -165,8 +162,7 @@ class Federation:
         def heard(replies: Collection[Message]) -> None:
             images = sum(count_images(r) for r in replies if r.has_content())
             pace = images / (time.perf_counter() - began) if phase == MessageType.TRAIN else 0.0
-            standing = {"phase": phase, "answered": len(replies), "asked": asked}
-            self.on_answer(standing | {"images_per_second": pace or None})
+            self.on_answer(Progress(phase, len(replies), asked, pace or None))
 
         return heard
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedssl.errors import UserError
 from fedssl.files import write_atomically
+from fedssl.runs.metrics import RoundMetrics
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,14 @@ class Checkpoint:
     Attributes:
         state: of the global model.
         server: what the strategy remembers, such as a server optimizer's moments.
-        row: the round's metrics line.
+        metrics: the round's numbers.
         images: names the content of the images that were trained on.
     """
 
     round: int
     state: Mapping[str, Tensor]
     server: Mapping[str, np.ndarray] = field(default_factory=dict)
-    row: Mapping[str, Any] = field(default_factory=dict)
+    metrics: RoundMetrics | None = None
     images: str | None = None
 
 
@@ -53,7 +54,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
         server = numpy.save({k: np.asarray(v, order="C") for k, v in checkpoint.server.items()})
         write_atomically(server_file, server)
         facts["server_sha256"] = _digest(server)
-    facts |= {"images": checkpoint.images, "row": dict(checkpoint.row)}
+    row = checkpoint.metrics.to_json() if checkpoint.metrics else {}
+    facts |= {"images": checkpoint.images, "row": row}
     facts["facts_sha256"] = _digest(json.dumps(facts).encode())
     write_atomically(facts_file, json.dumps(facts).encode())
     for old in list_checkpoints(folder)[:-keep]:
@@ -96,7 +98,8 @@ def load_checkpoint(file: Path) -> Checkpoint:
         facts = json.loads(beside.read_bytes())
         own_digest = facts.pop("facts_sha256")
         round_number, digest = int(facts["round"]), facts["sha256"]
-        row, images = dict(facts["row"]), facts["images"]
+        metrics = RoundMetrics.from_json(facts["row"]) if facts["row"] else None
+        images = facts["images"]
         server_digest = facts.get("server_sha256")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: {beside.name} is damaged ({error}); use another's") from error
@@ -115,7 +118,7 @@ def load_checkpoint(file: Path) -> Checkpoint:
             server = numpy.load(remembered)
     except (SafetensorError, ValueError, OSError) as error:
         raise UserError(f"{where}: can't be read ({error}); use another round's") from error
-    return Checkpoint(round_number, state, server, row, images)
+    return Checkpoint(round_number, state, server, metrics, images)
 
 
 def _files(folder: Path, round_number: int) -> tuple[Path, Path, Path]:
