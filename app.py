@@ -11,10 +11,8 @@ folder of its own. `client1` and `client2` hold the two halves.
 
 import logging
 import shlex
-from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -90,19 +88,6 @@ def open_servers_images(config: DictConfig) -> ImageSet | None:
     return open_image_set(source, config.dataset.image_size, config.cache_dir, config.seed)
 
 
-def log_round(row: Mapping[str, Any]) -> None:
-    """Write a round's losses and failures to the run's log."""
-    knn = f", kNN {row['knn']:.1%}" if row["knn"] is not None else ""
-    losses = f"train loss {row['train_loss']:.3f}"
-    if row["eval_loss"] is not None:
-        losses += f", eval loss {row['eval_loss']:.3f}"
-    log.info("round %d: %s%s, %.1f s", row["round"], losses, knn, row["seconds"])
-    for failure in row["failures"]:
-        log.warning("  without client %d: %s", failure["partition"], failure["reason"])
-    for warning in row["warnings"]:
-        log.warning("  %s", warning)
-
-
 server = ServerApp()
 client = make_client_app(identify)
 client1 = make_client_app(lambda context: identify(context, "client1"))
@@ -116,6 +101,7 @@ def main(grid: Grid, context: Context) -> None:
     from fedssl.federation.nodes import Nodes
     from fedssl.federation.rounds import Federation
     from fedssl.reporting.figures import draw_loss_graph
+    from fedssl.reporting.log import log_round
     from fedssl.runs.directory import RunDirectory
     from fedssl.runs.resume import reopen
 
@@ -129,6 +115,6 @@ def main(grid: Grid, context: Context) -> None:
         run, checkpoint = reopen(config, image_set, overrides, log.info)
     log.info("the run's directory is %s", run.path)
     nodes = Nodes.of(grid, config, log.info)
-    Federation(nodes, config, run, image_set, log_round, checkpoint).train()
+    Federation(nodes, config, run, image_set, partial(log_round, log), checkpoint).train()
     draw_loss_graph(run.read_metrics(), run.path / "loss_graph.png", config.dataset.name)
     log.info("everything is in %s; python test.py evaluates it", run.path)

@@ -13,7 +13,6 @@ if __name__ == "__main__":
 
 import logging
 from pathlib import Path
-from textwrap import fill, indent
 from threading import Event
 
 import torch
@@ -41,7 +40,15 @@ from fedssl.federation.resources import (
 )
 from fedssl.federation.rounds import Federation
 from fedssl.files import check_writable
-from fedssl.reporting.console import RoundProgress, Waiting, make_report, print_results
+from fedssl.reporting.console import (
+    RoundProgress,
+    Waiting,
+    make_report,
+    print_ending,
+    print_opening,
+    print_results,
+    show_path,
+)
 from fedssl.reporting.figures import draw_loss_graph
 from fedssl.reporting.page import write_report
 from fedssl.runs.checkpoints import Checkpoint
@@ -149,9 +156,9 @@ def simulate(
             stop.set()  # the server's thread would wait for clients that are gone
 
 
-def print_opening(
+def describe_opening(
     config: DictConfig, resources: ClientResources, image_set: ImageSet, run: RunDirectory
-) -> None:
+) -> tuple[str, dict[str, str]]:
     """Say what is about to run and where: data, model, clients at a time, device, precision."""
     device = choose_device(resources.num_gpus)
     dtype = str(choose_dtype(config.precision, device)).removeprefix("torch.")
@@ -161,49 +168,19 @@ def print_opening(
     weights = sum(parameter.numel() for parameter in model.parameters())
     strategy = config.strategy._target_.rpartition(".")[2]
     partitioner = config.partition._target_.rpartition(".")[2]
-    print(
-        f"Federated SimCLR: {config.num_clients} clients, {config.num_rounds} rounds of {strategy}"
-    )
     side, count = config.dataset.image_size, len(image_set.train.pixels)
-    print(
-        f"  data       {config.dataset.name}, {count:,} images of {side} x {side} pixels, "
-        f"dealt out by {partitioner}"
+    clients = f"{resources.at_a_time} client{'s' if resources.at_a_time > 1 else ''}"
+    return (
+        f"Federated SimCLR: {config.num_clients} clients, {config.num_rounds} rounds of {strategy}",
+        {
+            "data": f"{config.dataset.name}, {count:,} images of {side} x {side} pixels, "
+            f"dealt out by {partitioner}",
+            "model": f"{config.model.encoder}, {model.stem} stem, {weights / 1e6:.1f} M weights",
+            "running": f"{clients} at a time, each on {cores}{share},\n"
+            f"device {device.type}, precision {dtype}",
+            "directory": show_path(run.path),
+        },
     )
-    print(f"  model      {config.model.encoder}, {model.stem} stem, {weights / 1e6:.1f} M weights")
-    print(
-        f"  running    {resources.at_a_time} client{'s' if resources.at_a_time > 1 else ''} at a "
-        f"time, each on {cores}{share},\n             device {device.type}, precision {dtype}"
-    )
-    print(f"  directory  {show_path(run.path)}\n")
-
-
-def print_ending(config: DictConfig, run: RunDirectory, labelled: bool) -> None:
-    """Say where everything lies and what to try next."""
-    print(f"\nEverything is in {show_path(run.path)}")
-    names = [f.name + "/" * f.is_dir() for f in run.path.iterdir() if f.name[0] != "."]
-    listed = ", ".join(sorted(n for n in names if not n.startswith("events.")))
-    print(indent(fill(listed, 78), "  "))
-    board = f"tensorboard --logdir {show_path(Path(config.output_dir))}"
-    commands = {
-        "python test.py label_fraction=0.02": "the same encoder, fewer labels",
-        "python test.py mode=finetune": "tune the encoder too",
-        "python main.py dataset=cifar10": "the benchmark",
-        board: "the curves of all runs",
-    }
-    if not labelled:
-        commands = {
-            "python -m scripts.embed FOLDER": "the features of images",
-            board: commands[board],
-        }
-    print("Next")
-    for command, purpose in commands.items():
-        print(f"  {command:38} {purpose}")
-
-
-def show_path(path: Path) -> str:
-    """Write a path relative to the working directory where it lies below it."""
-    path, here = path.resolve(), Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def open_run(config: DictConfig, image_set: ImageSet) -> tuple[RunDirectory, Checkpoint | None]:
@@ -228,7 +205,7 @@ def train_and_evaluate(config: DictConfig) -> None:
             f"{WARNING}{len(image_set.unreadable)} unreadable files left out: {names}"
         )
     if not config.quiet:
-        print_opening(config, resources, image_set, run)
+        print_opening(*describe_opening(config, resources, image_set, run))
     go_on = f"go on with: python main.py resume={show_path(run.path)}"
     try:
         simulate(config, resources, image_set, run, checkpoint)
@@ -250,7 +227,7 @@ def train_and_evaluate(config: DictConfig) -> None:
     with Waiting("report", config.quiet):
         try_report(run, config, image_set)
     if not config.quiet:
-        print_ending(config, run, labelled)
+        print_ending(run.path, Path(config.output_dir), labelled)
 
 
 def try_report(run: RunDirectory, config: DictConfig, image_set: ImageSet) -> None:

@@ -5,11 +5,9 @@ python -m scripts.draw_images --run=outputs/latest   # and those that need the w
 """
 
 import argparse
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -25,6 +23,7 @@ from fedssl.data.views import make_augmentation
 from fedssl.env import ROOT
 from fedssl.reporting.comparison import MAIN_METRIC, draw_comparison, find_runs, gather
 from fedssl.reporting.figures import INK, draw_knn, draw_loss_graph, draw_partitions, show_image
+from fedssl.runs.directory import RunDirectory
 from fedssl.seeding import generator_for
 from utils import open_source
 
@@ -96,9 +95,11 @@ def main() -> None:
     draw_formula(folder / "loss_eq.png")
     draw_views(folder / "views.png", [])
     draw_dealing(folder / "partitions.png", ["partition=dirichlet", "partition.alpha=0.1"])
-    draw_loss_graph(read_metrics(RECORDED_RUN), folder / "loss_graph.png", "digits")
-    draw_loss_graph(read_metrics(BENCHMARK), folder / "loss_cifar10.png", "CIFAR-10")
-    draw_knn(read_metrics(BENCHMARK), folder / "knn_cifar10.png")
+    recorded = RunDirectory(RECORDED_RUN).read_metrics()
+    draw_loss_graph(recorded, folder / "loss_graph.png", "digits")
+    benchmark = RunDirectory(BENCHMARK).read_metrics()
+    draw_loss_graph(benchmark, folder / "loss_cifar10.png", "CIFAR-10")
+    draw_knn(benchmark, folder / "knn_cifar10.png")
     by_clients = sorted(SWEEP.glob("clients-*"))
     if len(by_clients) > 1:
         runs, _, _ = gather(find_runs(by_clients))
@@ -106,11 +107,6 @@ def main() -> None:
     if given.run:
         for name in ("map.png", "neighbours.png"):
             shutil.copy(given.run / "figures" / name, folder)
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Read the metrics lines of a recorded run."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").open()]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import pty
+import re
 import struct
 import subprocess
 import termios
@@ -53,6 +54,33 @@ def in_terminal(command, columns=80, **variables):
 def open_images(source, image_size, cache_dir, seed=0, **options):
     """Open an image set by seed 0."""
     return open_image_set(source, image_size, str(cache_dir), seed, **options)
+
+
+def screen(text):
+    """Give the lines that a terminal shows after a text, without style and blank ones at the end.
+
+    A code that moves the cursor in another way than rich's moving lines do is an error.
+    """
+    lines, row, column = [""], 0, 0
+    for piece in re.findall(r"\x1b\[[?\d;]*[A-Za-z]|[\r\n]|[^\x1b\r\n]+", text):
+        if piece == "\r":
+            column = 0
+        elif piece == "\n":  # the terminal driver sends \r\n
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif not piece.startswith("\x1b"):
+            line = lines[row].ljust(column)
+            lines[row] = line[:column] + piece + line[column + len(piece) :]
+            column += len(piece)
+        elif piece == "\x1b[2K":
+            lines[row] = ""
+        elif piece[-1] == "A":
+            row -= int(piece[2:-1] or 1)
+        else:
+            assert piece[-1] == "m", f"unknown code {piece!r}"
+    while len(lines) > 1 and not lines[-1].strip():
+        lines.pop()
+    return lines
 
 
 @pytest.fixture(scope="session")

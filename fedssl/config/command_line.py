@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from fedssl.config.compose import CONF, load_config
 from fedssl.errors import UserError
-from fedssl.terminal import paint
+from fedssl.terminal import print_line
 
 INTERRUPT_GRACE_S = 15.0
 
@@ -153,10 +153,10 @@ def _one_line() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(paint(f"error: {error}", "error", sys.stderr), file=sys.stderr)
+        print_line(f"error: {error}", "error", sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        print(paint(f"failed: {error}", "error", sys.stderr), file=sys.stderr)
+        print_line(f"failed: {error}", "error", sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as error:
         _leave(f"interrupted{f': {error}' if str(error) else ''}")

@@ -192,7 +192,9 @@ class Nodes:
 
         The grid's own method waits three seconds between two looks when it goes over HTTP.
         """
-        waiting = {message_id for message_id in self.grid.push_messages(_pack(messages)) if message_id}
+        waiting = {
+            message_id for message_id in self.grid.push_messages(_pack(messages)) if message_id
+        }
         replies: dict[str, Message] = {}
         deadline = time.monotonic() + self.patience.timeout_s
         on_replies(replies.values())

@@ -160,9 +160,7 @@ class Federation:
         updates, failures = self._ask(round_number, MessageType.TRAIN, on_progress)
         state = self.method.shared_state()
         parameters = [name for name, _ in self.method.named_parameters() if name in state]
-        updates, far = reject_outliers(
-            updates, state, parameters, self.settings.max_update_ratio
-        )
+        updates, far = reject_outliers(updates, state, parameters, self.settings.max_update_ratio)
         failures += far
         self._require(round_number, updates, failures)
         combined = aggregate(self.strategy, round_number, updates, state, self.names)

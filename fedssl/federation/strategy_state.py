@@ -6,7 +6,6 @@ the types of numbers and of keys, so that a resumed run goes on with the same by
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 from random import Random
@@ -19,24 +18,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import Strategy
 
 from fedssl.errors import UserError
+from fedssl.runs.checkpoints import ServerState
 
 ARRAYS: dict[str, type] = {"array": np.ndarray, "scalar": np.generic, "tensor": torch.Tensor}
 RECORDS: dict[str, type] = {"arrays": ArrayRecord, "metrics": MetricRecord, "config": ConfigRecord}
 SEQUENCES: dict[str, type] = {each.__name__: each for each in (list, tuple, set, frozenset)}
 CODE = (FunctionType, BuiltinFunctionType, MethodType, ModuleType, partial, type)
-
-
-@dataclass(frozen=True)
-class ServerState:
-    """The state of a strategy.
-
-    Attributes:
-        tree: JSON; an array in it is a number, its place among the arrays.
-        arrays: by that number, as text.
-    """
-
-    tree: Any = None
-    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 def strategy_state_dict(strategy: Strategy) -> ServerState:
@@ -53,10 +40,12 @@ def load_strategy_state_dict(strategy: Strategy, state: ServerState) -> None:
     """Give a strategy back what `strategy_state_dict` collected from another of its kind.
 
     Raises:
-        ValueError: the state is that of another kind.
+        ValueError: the state is that of another kind, or of an older version.
     """
     if state.tree is not None:
         _load_object(strategy, state.tree, state.arrays)
+    elif state.arrays:
+        raise ValueError("the state of the strategy was written by an older version")
 
 
 def check_savable(strategy: Strategy) -> None:
@@ -144,7 +133,9 @@ def _encode_array(value: Any, path: str, arrays: dict[str, np.ndarray]) -> dict[
 def _load_object(thing: object, node: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
     """Set the attributes of an object to what was kept of another of its kind."""
     if node.get("object") != type(thing).__qualname__:
-        raise ValueError(f"the state of a {node.get('object')}, not of a {type(thing).__qualname__}")
+        raise ValueError(
+            f"the state of a {node.get('object')}, not of a {type(thing).__qualname__}"
+        )
     own = vars(thing)
     for name in [n for n, v in own.items() if n not in node["kept"] and not isinstance(v, CODE)]:
         delattr(thing, name)

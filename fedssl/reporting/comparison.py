@@ -68,7 +68,7 @@ def read_scores(run: RunDirectory) -> dict[str, float]:
             whose = "" if row["encoder"] == "federated SimCLR" else f"{row['encoder']}, "
             scores[f"{whose}{row['method']}, {labels}"] = 100 * row["mean"]
     if scores:
-        scores["minutes"] = sum(row["seconds"] for row in run.read_metrics()) / 60
+        scores["minutes"] = sum(metrics.seconds or 0 for metrics in run.read_metrics()) / 60
     return scores
 
 

@@ -17,6 +17,7 @@ from fedssl.files import write_atomically
 from fedssl.networks.encoder import Encoder
 from fedssl.runs.checkpoints import list_checkpoints
 from fedssl.runs.encoder_file import ENCODER_FILE, pack_encoder
+from fedssl.runs.metrics import RoundMetrics
 
 fcntl = None
 with suppress(ImportError):  # there is none on Windows
@@ -103,31 +104,35 @@ class RunDirectory:
         """Read the overrides that the run was started with, none if it did not keep them."""
         return list(map(str, OmegaConf.load(self.overrides))) if self.overrides.is_file() else []
 
-    def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def write_metrics(self, rounds: Sequence[RoundMetrics]) -> None:
         """Write metrics.jsonl, a line a round."""
-        write_atomically(self.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        lines = [json.dumps(metrics.to_json()) + "\n" for metrics in rounds]
+        write_atomically(self.metrics, "".join(lines).encode())
 
-    def append_metrics(self, row: Mapping[str, Any]) -> None:
+    def append_metrics(self, metrics: RoundMetrics) -> None:
         """Add a round's line to metrics.jsonl."""
-        self.write_metrics([*self.read_metrics(), row])
+        self.write_metrics([*self.read_metrics(), metrics])
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """Read the lines of metrics.jsonl, one a round.
+    def read_metrics(self) -> list[RoundMetrics]:
+        """Read metrics.jsonl, none before the first round is finished.
 
         Raises:
-            UserError: a line is damaged.
+            UserError: a line is damaged, or is something else.
         """
         if not self.metrics.is_file():
             return []
-        rows = []
-        for number, line in enumerate(self.metrics.read_bytes().splitlines(), start=1):
+        rounds = []
+        for number, text in enumerate(self.metrics.read_bytes().splitlines(), start=1):
+            where = f"{self.metrics}: line {number}"
             try:
-                rows.append(json.loads(line))
+                line = json.loads(text)
             except ValueError as error:
-                raise UserError(
-                    f"{self.metrics}: line {number} is damaged ({error}); take the line out"
-                ) from error
-        return rows
+                raise UserError(f"{where} is damaged ({error}); take the line out") from error
+            try:
+                rounds.append(RoundMetrics.from_json(line))
+            except ValueError as error:
+                raise UserError(f"{where} is no round of a run; take the line out") from error
+        return rounds
 
     def last_checkpoint(self) -> Path:
         """Find the newest checkpoint.

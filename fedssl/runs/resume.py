@@ -163,10 +163,10 @@ def reopen(
     checkpoint = newest_intact(run, report)
     done = checkpoint.round if checkpoint else 0
     remove_after(run.checkpoints, done)
-    rows = [row for row in run.read_metrics() if row["round"] <= done]
-    if checkpoint and not any(row["round"] == done for row in rows):
-        rows.append(dict(checkpoint.row))
-    run.write_metrics(rows)
+    rounds = [metrics for metrics in run.read_metrics() if metrics.round <= done]
+    if checkpoint and checkpoint.metrics and not any(m.round == done for m in rounds):
+        rounds.append(checkpoint.metrics)
+    run.write_metrics(rounds)
     run.write_config(config, overrides)
     where = f"after round {done}" if done else "from the start: no round was finished"
     report(f"going on with {run.path} {where}")
