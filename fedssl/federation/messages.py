@@ -1,4 +1,4 @@
-"""What messages carry, and how their arrays travel: packed into one, so that few requests carry them.
+"""What messages carry, and how their arrays travel: packed into one, for few requests.
 
 Flower sends every array as objects of its own, each with its own requests; on a slow
 network their number costs more than their bytes (benchmarks/performance/wire.py). Packing

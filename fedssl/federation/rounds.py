@@ -1,4 +1,4 @@
-"""The rounds of a federation: ask the clients, check their replies, combine them, keep the result."""
+"""The rounds of a federation: ask clients, check their replies, combine them, keep the result."""
 
 import random
 import time

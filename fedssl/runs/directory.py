@@ -147,9 +147,11 @@ class RunDirectory:
             )
         return files[-1]
 
-    def save_encoder(self, model: Encoder, dataset: Mapping[str, Any], rounds: int) -> None:
-        """Write the encoder alone, in the form of `encoder.py`."""
-        write_atomically(self.path / ENCODER_FILE, pack_encoder(model, dataset, rounds))
+    def save_encoder(self, encoder: Encoder, image_size: int, dataset: str, rounds: int) -> None:
+        """Write the encoder alone; see `pack_encoder`."""
+        write_atomically(
+            self.path / ENCODER_FILE, pack_encoder(encoder, image_size, dataset, rounds)
+        )
 
     def add_result(self, result: Mapping[str, Any]) -> None:
         """Append an evaluation to results.json, which keeps them all."""

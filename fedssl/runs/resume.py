@@ -171,3 +171,23 @@ def reopen(
     where = f"after round {done}" if done else "from the start: no round was finished"
     report(f"going on with {run.path} {where}")
     return run, checkpoint
+
+
+def open_run(
+    config: DictConfig,
+    directory: Path,
+    image_set: ImageSet | None,
+    overrides: Sequence[str],
+    report: Report,
+) -> tuple[RunDirectory, Checkpoint | None]:
+    """Start a run's directory, or go back to where `resume` left off.
+
+    Args:
+        directory: of a new run.
+
+    Raises:
+        UserError: as `reopen`.
+    """
+    if config.resume is not None:
+        return reopen(config, image_set, overrides, report)
+    return RunDirectory.create(directory, config, overrides), None
