@@ -12,6 +12,9 @@ from uuid import uuid4
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
+from fedssl.config.checks import check_settings
+from fedssl.config.compose import to_mapping
+from fedssl.config.moved import modernize, modernize_overrides
 from fedssl.errors import UserError
 from fedssl.files import write_atomically
 from fedssl.networks.encoder import Encoder
@@ -83,7 +86,7 @@ class RunDirectory:
         write_atomically(self.config, OmegaConf.to_yaml(config, resolve=True).encode())
 
     def load_config(self) -> DictConfig:
-        """Read the configuration that the run was started with.
+        """Read the configuration that the run was started with, in today's structure and keys.
 
         Raises:
             UserError: no such run, or its configuration is damaged.
@@ -98,11 +101,21 @@ class RunDirectory:
         missing = [name for name in SECTIONS if name not in config]
         if missing:
             raise UserError(f"{self.config}: holds no {missing[0]!r}; {remedy}")
+        try:
+            config = modernize(config)
+            check_settings("config", to_mapping(config))
+        except (UserError, ValueError) as error:
+            raise UserError(f"{self.config}: {error}; {remedy}") from error
         return config
 
     def read_overrides(self) -> list[str]:
-        """Read the overrides that the run was started with, none if it did not keep them."""
-        return list(map(str, OmegaConf.load(self.overrides))) if self.overrides.is_file() else []
+        """Read the overrides that the run was started with, under today's names.
+
+        There are none if the run did not keep them.
+        """
+        if not self.overrides.is_file():
+            return []
+        return modernize_overrides(list(map(str, OmegaConf.load(self.overrides))))[0]
 
     def write_metrics(self, rounds: Sequence[RoundMetrics]) -> None:
         """Write metrics.jsonl, a line a round."""

@@ -22,10 +22,10 @@ from fedssl.runs.directory import LATEST, RunDirectory
 # What may differ from the run so far: where and how it runs, not what it learns.
 HARMLESS = {
     *("num_rounds", "num_cpus", "num_gpus", "ray_address", "precision", "resume"),
-    *("min_nodes", "node_wait_s", "min_results", "round_timeout_s", "max_step_ratio"),
+    *("min_nodes", "node_wait_s", "min_results", "round_timeout_s", "max_update_ratio"),
     *("keep_checkpoints", "output_dir", "run_dir", "cache_dir", "dataset.path", "quiet"),
 }
-HARMLESS_GROUPS = ("eval.", "figures.")
+HARMLESS_GROUPS = ("eval.", "figures.", "head.")
 
 Report = Callable[[str], None]
 

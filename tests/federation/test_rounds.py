@@ -227,7 +227,10 @@ def test_an_enormous_update_is_left_out_and_named(federate):
         (failure,) = row.failures
         assert failure.partition == 1
         assert "moved by" in failure.reason
-        assert [client.partition for client in row.clients if client.update_norm is not None] == [0, 2]
+        assert [client.partition for client in row.clients if client.update_norm is not None] == [
+            0,
+            2,
+        ]
 
 
 @pytest.mark.parametrize("overrides", [["partition=dirichlet"], ["partition=pathological"]])
