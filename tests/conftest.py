@@ -17,7 +17,7 @@ from PIL import Image
 from fedssl.config.compose import load_config
 from fedssl.data.cache import open_image_set
 from fedssl.env import ROOT
-from utils import build_model, open_source
+from utils import build_method, open_source
 
 CIFAR10 = Path(os.environ.get("CIFAR10_DIR", ROOT.parent / "shared" / "data" / "cifar10"))
 CPU = torch.device("cpu")
@@ -109,8 +109,8 @@ def digits(cache_dir):
 
 
 @pytest.fixture
-def model(config):
-    return build_model(config.model, config.dataset, 0, CPU)
+def method(config):
+    return build_method(config, CPU)
 
 
 @pytest.fixture
