@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from client import ClientConfig, make_client_app
 from fedssl.config.compose import load_config
 from fedssl.errors import UserError
-from utils import open_images, open_source, run_rounds
+from utils import open_images, open_run, open_source, run_rounds
 
 DEFAULTS = ["num_clients=2"]
 HALVES = {"client1": 0, "client2": 1}
@@ -94,7 +94,6 @@ def main(grid: Grid, context: Context) -> None:
     """Train all rounds and leave the same run directory as main.py."""
     # Imported here: on SuperNodes every message starts a process that imports this module.
     from fedssl.reporting.log import log_round
-    from fedssl.runs.resume import open_run
 
     config: DictConfig = OmegaConf.create(config_text(context))
     image_set = open_images(config) if open_source(config.dataset).is_here else None

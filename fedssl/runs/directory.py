@@ -47,7 +47,11 @@ class RunDirectory:
 
     @classmethod
     def create(
-        cls, path: Path, config: DictConfig, overrides: Sequence[str] = ()
+        cls,
+        path: Path,
+        settings: Mapping[str, Any],
+        output_dir: str,
+        overrides: Sequence[str] = (),
     ) -> "RunDirectory":
         """Start a run's directory with its configuration; `latest` then points to it.
 
@@ -55,12 +59,14 @@ class RunDirectory:
         a number behind it.
 
         Args:
+            settings: the whole configuration, as plain Python.
+            output_dir: where `latest` is.
             overrides: of the command line, which a resumed run starts from.
         """
         run = cls(_claim(path.resolve()))
         run.lock()
-        run.write_config(config, overrides)
-        _point_latest(Path(config.output_dir).expanduser().resolve() / LATEST, run.path)
+        run.write_config(settings, overrides)
+        _point_latest(Path(output_dir).expanduser().resolve() / LATEST, run.path)
         return run
 
     def lock(self) -> None:
@@ -80,10 +86,10 @@ class RunDirectory:
                 "one, or wait for its end"
             ) from error
 
-    def write_config(self, config: DictConfig, overrides: Sequence[str]) -> None:
+    def write_config(self, settings: Mapping[str, Any], overrides: Sequence[str]) -> None:
         """Write the resolved configuration, and the overrides that led to it."""
         write_atomically(self.overrides, OmegaConf.to_yaml(list(overrides)).encode())
-        write_atomically(self.config, OmegaConf.to_yaml(config, resolve=True).encode())
+        write_atomically(self.config, OmegaConf.to_yaml(settings).encode())
 
     def load_config(self) -> DictConfig:
         """Read the configuration that the run was started with, in today's structure and keys.
