@@ -1,4 +1,4 @@
-"""The ServerApp and the ClientApps for `flwr run`, SuperNodes and the commands of launch.py.
+"""The ServerApp and the ClientApps for `flwr run`, SuperNodes and the two commands of this project.
 
 `server` and `client` take Hydra overrides from the run configuration:
 
@@ -11,20 +11,17 @@ folder of its own. `client1` and `client2` hold the two halves.
 
 import logging
 import shlex
-from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from omegaconf import DictConfig, OmegaConf
 
-from client import Identity, make_client_app
+from client import ClientConfig, make_client_app
 from fedssl.config.compose import load_config
-from fedssl.data.cache import open_image_set
-from fedssl.data.image_set import ImageSet
 from fedssl.errors import UserError
+from utils import open_images, open_source, run_rounds
 
 DEFAULTS = ["num_clients=2"]
 HALVES = {"client1": 0, "client2": 1}
@@ -43,18 +40,23 @@ log.addFilter(one_line)
 
 
 @lru_cache(maxsize=1)
-def compose_text(overrides: str) -> str:
+def compose_text(overrides: tuple[str, ...]) -> str:
     """Compose the configuration of a run from its overrides, as YAML."""
-    config = load_config("config", [*DEFAULTS, *shlex.split(overrides)])
+    config = load_config("config", [*DEFAULTS, *overrides])
     return OmegaConf.to_yaml(config, resolve=True)
 
 
+def overrides_of(context: Context) -> list[str]:
+    """Read the run's overrides out of a context."""
+    return shlex.split(str(context.run_config.get("hydra-overrides", "")))
+
+
 def config_text(context: Context) -> str:
-    """Read the run's configuration out of a context."""
-    return compose_text(str(context.run_config.get("hydra-overrides", "")))
+    """Give the run's configuration, as YAML."""
+    return compose_text(tuple(overrides_of(context)))
 
 
-def identify(context: Context, app: str | None = None) -> Identity:
+def identify(context: Context, app: str | None = None) -> ClientConfig:
     """Identify a client by its node's configuration.
 
     Args:
@@ -78,27 +80,7 @@ def identify(context: Context, app: str | None = None) -> Identity:
     number, count = int(number), int(count or 0)
     if data_path is None and not 0 <= number < count:
         raise UserError(f"partition-id={number}: must be from 0 to {count - 1}, num-partitions - 1")
-    return Identity(config_text(context), number, count, data_path)
-
-
-def open_servers_images(config: DictConfig) -> ImageSet | None:
-    """Open the images for the kNN accuracy; with folders at the nodes only, there are none."""
-    if config.dataset.source == "imagefolder" and config.dataset.path is None:
-        return None
-    return open_image_set(config.dataset, config.cache_dir, config.seed)
-
-
-def log_round(row: Mapping[str, Any]) -> None:
-    """Write a round's losses and failures to the run's log."""
-    knn = f", kNN {row['knn']:.1%}" if row["knn"] is not None else ""
-    losses = f"train loss {row['train_loss']:.3f}"
-    if row["eval_loss"] is not None:
-        losses += f", eval loss {row['eval_loss']:.3f}"
-    log.info("round %d: %s%s, %.1f s", row["round"], losses, knn, row["seconds"])
-    for failure in row["failures"]:
-        log.warning("  without client %d: %s", failure["partition"], failure["reason"])
-    for warning in row["warnings"]:
-        log.warning("  %s", warning)
+    return ClientConfig(config_text(context), number, count, data_path)
 
 
 server = ServerApp()
@@ -111,22 +93,15 @@ client2 = make_client_app(lambda context: identify(context, "client2"))
 def main(grid: Grid, context: Context) -> None:
     """Train all rounds and leave the same run directory as main.py."""
     # Imported here: on SuperNodes every message starts a process that imports this module.
-    from fedssl.federation.nodes import Nodes
-    from fedssl.federation.rounds import Federation
-    from fedssl.reporting.figures import draw_loss_graph
-    from fedssl.runs.directory import RunDirectory
-    from fedssl.runs.resume import reopen
+    from fedssl.reporting.log import log_round
+    from fedssl.runs.resume import open_run
 
     config: DictConfig = OmegaConf.create(config_text(context))
-    image_set = open_servers_images(config)
-    overrides = shlex.split(str(context.run_config.get("hydra-overrides", "")))
-    checkpoint = None
-    if config.resume is None:
-        run = RunDirectory.create(Path(config.run_dir), config, overrides)
-    else:
-        run, checkpoint = reopen(config, image_set, overrides, log.info)
+    image_set = open_images(config) if open_source(config.dataset).is_here else None
+    run, checkpoint = open_run(
+        config, Path(config.run_dir), image_set, overrides_of(context), log.info
+    )
     log.info("the run's directory is %s", run.path)
-    nodes = Nodes.of(grid, config, log.info)
-    Federation(nodes, config, run, image_set, log_round, checkpoint).train()
-    draw_loss_graph(run.read_metrics(), run.path / "loss_graph.png", config.dataset.name)
+    on_round = partial(log_round, log)
+    run_rounds(config, grid, run, image_set, on_round, checkpoint=checkpoint, report=log.info)
     log.info("everything is in %s; python test.py evaluates it", run.path)

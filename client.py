@@ -1,234 +1,252 @@
 """The ClientApp: who a client is, what it keeps, and its answers to messages."""
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from fedssl.compute import choose_device, choose_dtype, release_memory
-from fedssl.data.cache import open_image_set
-from fedssl.data.image_set import Images
-from fedssl.data.partitions import open_partitions, split_held_out
-from fedssl.data.views import Augmentation, make_augmentation
-from fedssl.errors import UserError
-from fedssl.federation.messages import pack_state, unpack_state
+from fedssl.compute import Backend, choose_backend, release_memory
+from fedssl.data.partitions import split_held_out
+from fedssl.data.views import Augmentation
+from fedssl.federation.messages import (
+    ARRAYS,
+    CONFIG,
+    METRICS,
+    packed_transport,
+    read_state,
+    write_state,
+)
+from fedssl.methods.base import Method, local_arrays
 from fedssl.networks.state import load_state
-from fedssl.seeding import derive_seed, generator_for
-from fedssl.training.local import hold_images, local_loss, local_train
-from fedssl.training.optimizers import make_optimization
-from fedssl.training.schedule import plan_round, view_size
-from model import SimCLR
-from utils import build_model
+from fedssl.seeding import generator_for
+from fedssl.training.local import Pixels, TrainSettings, cache_on_device, local_loss, local_train
+from fedssl.training.schedule import Schedule
+from utils import (
+    build_method,
+    build_schedule,
+    build_train_settings,
+    build_views,
+    open_client_images,
+)
 
-ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+LOCAL = "method-arrays"  # what a method keeps with its client, in Flower's `context.state`
 
 
 @dataclass(frozen=True)
-class Identity:
+class ClientConfig:
     """Who a client is.
 
     Attributes:
         config_text: the run's configuration as YAML.
         partition: which of `num_partitions` parts of the data set it holds.
         data_path: its own folder of images instead; labels are not looked for.
-        on_its_own: nobody else has opened and checked its images before.
+        standalone: nobody else has opened and checked its images before.
     """
 
     config_text: str
     partition: int
     num_partitions: int
     data_path: str | None = None
-    on_its_own: bool = True
+    standalone: bool = True
 
 
-def make_client_app(identify: Callable[[Context], Identity], mods: Sequence[Mod] = ()) -> ClientApp:
+@dataclass
+class ClientState:
+    """What a client process keeps between messages, for all its clients: images, one model.
+
+    Attributes:
+        pixels: uint8 (N, 3, S, S), of all partitions.
+        partitions: the rows of each.
+        held_out: share of a client's images that are kept for its evaluation.
+        first_local: the method's arrays that never travel, as a client begins.
+    """
+
+    pixels: Pixels
+    partitions: Sequence[np.ndarray]
+    method: Method
+    backend: Backend
+    views: Augmentation
+    schedule: Schedule
+    settings: TrainSettings
+    seed: int
+    held_out: float
+    first_local: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def views_of(self, round_number: int) -> Augmentation:
+        """Give the views of a round; their size may grow over the rounds."""
+        return replace(self.views, output_size=self.schedule.train_resolution(round_number))
+
+    def rows_of(self, client: ClientConfig) -> tuple[np.ndarray, np.ndarray]:
+        """Give a client's rows to train on and to hold out."""
+        rows = self.partitions[0 if client.data_path else client.partition]
+        return split_held_out(rows, self.held_out)
+
+
+@functools.lru_cache(maxsize=1)
+def load_client(config_text: str, num_partitions: int, data_path: str | None) -> ClientState:
+    """Open the images and build the model once per process, for all its clients."""
+    config = OmegaConf.create(config_text)
+    if config.num_cpus:
+        torch.set_num_threads(config.num_cpus)
+    backend = choose_backend(config.precision, config.num_gpus)
+    images, partitions = open_client_images(config, num_partitions, data_path)
+    method = build_method(config, backend.device)
+    return ClientState(
+        cache_on_device(images.pixels, backend.device),
+        partitions,
+        method,
+        backend,
+        build_views(config),
+        build_schedule(config),
+        build_train_settings(config),
+        config.seed,
+        config.held_out,
+        local_arrays(method),
+    )
+
+
+Identify = Callable[[Context], ClientConfig]
+Load = Callable[[ClientConfig], ClientState]
+
+
+def load_cached(client: ClientConfig) -> ClientState:
+    """Give what this process keeps for a client and its like."""
+    return load_client(client.config_text, client.num_partitions, client.data_path)
+
+
+def simulated(config: DictConfig) -> Identify:
+    """Identify virtual clients: Flower numbers their partitions itself."""
+    text = OmegaConf.to_yaml(config, resolve=True)
+
+    def identify(context: Context) -> ClientConfig:
+        node = context.node_config
+        number, count = int(node["partition-id"]), int(node["num-partitions"])
+        return ClientConfig(text, number, count, standalone=False)
+
+    return identify
+
+
+def make_client_app(
+    identify: Identify, mods: Sequence[Mod] = (), load: Load = load_cached
+) -> ClientApp:
     """Build the ClientApp: the same for a simulated client and for a SuperNode.
 
     Args:
         identify: tells from a message's context who the client is.
-        mods: of Flower, such as those for differential privacy; they see every
-            message on its way in and out.
+        mods: of Flower, such as those for differential privacy; they see plain
+            arrays, those that the strategy acts on, on the way in and out.
+        load: gives what the client works with.
     """
-    app = ClientApp(mods=list(mods))
+    app = ClientApp(mods=[packed_transport, *mods])
     for register, answer in (
         (app.train(), train_reply),
         (app.evaluate(), evaluate_reply),
         (app.query(), query_reply),
     ):
-        register(functools.partial(_answer, identify, answer))
+        register(functools.partial(_answer, identify, load, answer))
     return app
 
 
+Answer = Callable[[ClientConfig, ClientState, Message, Context], Message]
+
+
 def _answer(
-    identify: Callable[[Context], Identity],
-    answer: Callable[[Identity, Message], Message],
-    message: Message,
-    context: Context,
+    identify: Identify, load: Load, answer: Answer, message: Message, context: Context
 ) -> Message:
     """Answer a message; say of an error whose it is, which Flower's error replies don't."""
-    identity = identify(context)
+    client = identify(context)
     try:
-        return answer(identity, message)
+        return answer(client, load(client), message, context)
     except Exception as error:
-        raise RuntimeError(f"partition {identity.partition}: {error}") from error
+        raise RuntimeError(f"partition {client.partition}: {error}") from error
     finally:
         release_memory()
 
 
-def simulated(config: DictConfig) -> Callable[[Context], Identity]:
-    """Identify virtual clients: Flower numbers their partitions itself."""
-    text = OmegaConf.to_yaml(config, resolve=True)
-
-    def identify(context: Context) -> Identity:
-        node = context.node_config
-        number, count = int(node["partition-id"]), int(node["num-partitions"])
-        return Identity(text, number, count, on_its_own=False)
-
-    return identify
-
-
-@dataclass
-class Site:
-    """What a client process keeps between messages: configuration, images, one model."""
-
-    config: DictConfig
-    pixels: np.ndarray | Tensor
-    partitions: list[np.ndarray]
-    model: SimCLR
-    device: torch.device
-    dtype: torch.dtype
-    augmentation: Augmentation
-
-    def views_of(self, message: Message) -> Augmentation:
-        """Give the views of a message's round; their size may grow over the rounds."""
-        request, size = message.content[CONFIG], self.config.dataset.image_size
-        place = int(request["server-round"]), int(request["num-rounds"])
-        size = view_size(self.config.train.view_sizes, size, *place)
-        return replace(self.augmentation, output_size=size)
-
-
-@functools.lru_cache(maxsize=1)
-def open_site(config_text: str, num_partitions: int, data_path: str | None) -> Site:
-    """Open the images and build the model once per process, for all its clients."""
-    config = OmegaConf.create(config_text)
-    if config.num_cpus:
-        torch.set_num_threads(config.num_cpus)
-    device = choose_device(config.num_gpus)
-    train, partitions = _open_images(config, num_partitions, data_path)
-    return Site(
-        config,
-        hold_images(train.pixels, device),
-        partitions,
-        build_model(config.model, config.dataset, config.seed, device),
-        device,
-        choose_dtype(config.precision, device),
-        make_augmentation(config.augment, config.dataset.image_size),
-    )
-
-
-def _open_images(
-    config: DictConfig, num_partitions: int, data_path: str | None, verify: bool = False
-) -> tuple[Images, list[np.ndarray]]:
-    """Open a node's own folder, all of it, or the data set that is dealt out to all."""
-    places = (config.cache_dir, config.seed)
-    spec = OmegaConf.to_container(config.dataset)
-    if data_path is None:
-        if spec["source"] == "imagefolder" and spec["path"] is None:
-            raise UserError('this node has no images; put data-path="DIR" into its --node-config')
-        image_set = open_image_set(spec, *places, verify=verify)
-        dealt = (
-            num_partitions,
-            OmegaConf.to_container(config.partition, resolve=True),
-            config.seed,
-        )
-        return image_set.train, open_partitions(image_set, config.cache_dir, *dealt)
-    spec |= {"source": "imagefolder", "path": data_path, "labels": False}
-    try:
-        train = open_image_set(spec, *places, verify=verify).train
-    except UserError as error:
-        raise UserError(str(error).replace("dataset.path", "data-path")) from error
-    order = np.random.default_rng(derive_seed(config.seed, "partition"))
-    return train, [order.permutation(len(train.pixels))]
-
-
-def _prepare(identity: Identity, message: Message) -> tuple[Site, np.ndarray, np.ndarray]:
-    """Load the message's weights; return the site and its training and held-out rows."""
-    site, train, held_out = _open(identity)
-    load_state(site.model, unpack_state(message.content[ARRAYS]))
-    return site, train, held_out
-
-
-def _open(identity: Identity) -> tuple[Site, np.ndarray, np.ndarray]:
-    """Open the site of a client; return it with the rows to train on and to hold out."""
-    site = open_site(identity.config_text, identity.num_partitions, identity.data_path)
-    rows = site.partitions[0 if identity.data_path else identity.partition]
-    return site, *split_held_out(rows, site.config.held_out)
-
-
-def query_reply(identity: Identity, message: Message) -> Message:
+def query_reply(
+    client: ClientConfig, state: ClientState, message: Message, context: Context
+) -> Message:
     """Answer which partition this client holds, once its images are open, intact and enough."""
-    if identity.on_its_own:
-        config = OmegaConf.create(identity.config_text)
-        _open_images(config, identity.num_partitions, identity.data_path, verify=True)
-    _open(identity)
-    metrics = {"partition-id": identity.partition}
+    if client.standalone:
+        config = OmegaConf.create(client.config_text)
+        open_client_images(config, client.num_partitions, client.data_path, verify=True)
+    state.rows_of(client)
+    metrics = {"partition-id": client.partition}
     return Message(RecordDict({METRICS: MetricRecord(metrics)}), reply_to=message)
 
 
-def train_reply(identity: Identity, message: Message) -> Message:
+def train_reply(
+    client: ClientConfig, state: ClientState, message: Message, context: Context
+) -> Message:
     """Answer a training message: the weights after a round of local training."""
-    site, rows, _ = _prepare(identity, message)
-    request = message.content[CONFIG]
-    round_number, num_rounds = int(request["server-round"]), int(request["num-rounds"])
-    length, run_part = plan_round(site.config.train, round_number, num_rounds)
+    round_number, proximal_mu = _load_model(state, message, context)
+    rows, _ = state.rows_of(client)
     result = local_train(
-        site.model,
-        site.pixels,
+        state.method,
+        state.pixels,
         rows,
-        site.views_of(message),
-        make_optimization(site.config.train),
-        length=length,
-        run_part=run_part,
-        proximal_mu=float(request.get("proximal-mu", 0.0)),
-        generator=generator_for(site.config.seed, "train", round_number, identity.partition),
-        device=site.device,
-        dtype=site.dtype,
+        state.views_of(round_number),
+        state.settings,
+        plan=state.schedule.plan(round_number),
+        proximal_mu=proximal_mu,
+        generator=generator_for(state.seed, "train", round_number, client.partition),
+        backend=state.backend,
     )
     release_memory()  # before the weights are copied into the reply
+    _keep_local(state, context)
     metrics = {
-        "partition-id": identity.partition,
+        "partition-id": client.partition,
         "num-examples": len(rows),
         "train-loss": result.loss,
         "images": result.images,
         "images-per-second": result.images_per_second,
     }
-    content = RecordDict(
-        {ARRAYS: pack_state(site.model.state_dict()), METRICS: MetricRecord(metrics)}
-    )
+    content = write_state(state.method.shared_state(), list(message.content[ARRAYS]))
+    content[METRICS] = MetricRecord(metrics)
     return Message(content, reply_to=message)
 
 
-def evaluate_reply(identity: Identity, message: Message) -> Message:
+def evaluate_reply(
+    client: ClientConfig, state: ClientState, message: Message, context: Context
+) -> Message:
     """Answer an evaluation message: the loss of the held-out images, same views every round."""
-    site, _, rows = _prepare(identity, message)
-    loss, health = local_loss(
-        site.model,
-        site.pixels,
+    round_number, _ = _load_model(state, message, context)
+    _, rows = state.rows_of(client)
+    loss, representation = local_loss(
+        state.method,
+        state.pixels,
         rows,
-        site.views_of(message),
-        batch_size=site.config.train.batch_size,
-        temperature=site.config.train.temperature,
-        generator=generator_for(site.config.seed, "evaluate", identity.partition),
-        device=site.device,
-        dtype=site.dtype,
+        state.views_of(round_number),
+        batch_size=state.settings.batch_size,
+        generator=generator_for(state.seed, "evaluate", client.partition),
+        backend=state.backend,
     )
-    metrics = {"partition-id": identity.partition, "num-examples": len(rows), "eval-loss": loss}
-    metrics |= health
+    metrics = {"partition-id": client.partition, "num-examples": len(rows), "eval-loss": loss}
+    metrics |= representation
     return Message(RecordDict({METRICS: MetricRecord(metrics)}), reply_to=message)
+
+
+def _load_model(state: ClientState, message: Message, context: Context) -> tuple[int, float]:
+    """Load a message's weights, and beside them what the client keeps of its own.
+
+    Returns:
+        The number of the round, and the weight of FedProx's term.
+    """
+    request = message.content.config_records[CONFIG]
+    kept = context.state.array_records.get(LOCAL)
+    local = kept.to_torch_state_dict() if kept else state.first_local
+    load_state(state.method, {**read_state(message.content), **local})
+    return int(request["server-round"]), float(request.get("proximal-mu", 0.0))
+
+
+def _keep_local(state: ClientState, context: Context) -> None:
+    """Keep the method's arrays that never travel until the client's next message."""
+    if local := local_arrays(state.method):
+        context.state[LOCAL] = ArrayRecord(local)

@@ -1,4 +1,4 @@
-"""Federated SimCLR in a Flower simulation, then the linear evaluation.
+"""Federated self-supervised learning in a Flower simulation, then the linear evaluation.
 
 python main.py
 python main.py --num_clients=10 --num_rounds 20
@@ -11,44 +11,48 @@ from fedssl.config.help import answer
 if __name__ == "__main__":
     answer("config")  # before the imports below, which take seconds
 
-import logging
+from collections.abc import Sequence
 from pathlib import Path
-from textwrap import fill, indent
 from threading import Event
 
 import torch
-from flwr.app import Context
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid, ServerApp
-from flwr.simulation import run_simulation
+from flwr.serverapp import Grid
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from client import make_client_app, simulated
-from fedssl.compute import choose_device, choose_dtype
+from fedssl.compute import choose_backend
 from fedssl.config.command_line import run_entry
-from fedssl.data.cache import name_some, open_image_set
+from fedssl.data.cache import name_some
 from fedssl.data.image_set import ImageSet
-from fedssl.data.partitions import open_partitions, split_held_out
+from fedssl.data.partitions import split_held_out
 from fedssl.errors import WARNING, UserError
-from fedssl.federation.aggregation import make_strategy
-from fedssl.federation.nodes import Nodes
-from fedssl.federation.resources import (
-    ClientResources,
-    clients_per_round,
-    find_machines,
-    plan_resources,
-)
-from fedssl.federation.rounds import Federation
+from fedssl.federation.resources import ClientResources
+from fedssl.federation.simulation import simulate
 from fedssl.files import check_writable
-from fedssl.reporting.console import RoundProgress, Waiting, make_report, print_results
-from fedssl.reporting.figures import draw_loss_graph
-from fedssl.reporting.page import write_report
+from fedssl.reporting.console import (
+    RoundProgress,
+    Waiting,
+    make_report,
+    print_ending,
+    print_opening,
+    print_results,
+    show_path,
+)
 from fedssl.runs.checkpoints import Checkpoint
 from fedssl.runs.directory import RunDirectory
-from fedssl.runs.resume import check_continuation, find_run, reopen, with_earlier_overrides
-from test import check_evaluable, evaluate_run
-from utils import build_model
+from fedssl.runs.resume import check_continuation, find_run, open_run, with_earlier_overrides
+from utils import (
+    build_method,
+    check_labels,
+    evaluate_run,
+    open_images,
+    open_partitions,
+    plan_simulation,
+    report_run,
+    run_rounds,
+)
 
 
 def prepare(config: DictConfig) -> tuple[ClientResources, ImageSet]:
@@ -57,209 +61,125 @@ def prepare(config: DictConfig) -> tuple[ClientResources, ImageSet]:
     Raises:
         UserError: the first thing that is wrong.
     """
-    resources = plan_resources(
-        clients_per_round(config.num_clients, config.strategy.get("fraction_train", 1.0)),
-        config.num_cpus,
-        config.num_gpus,
-        find_machines(config.ray_address),
-    )
-    make_strategy(config.strategy)
-    if (config.min_nodes or 0) > config.num_clients:
-        raise UserError(
-            f"min_nodes={config.min_nodes}: there are only num_clients={config.num_clients}"
-        )
-    if config.min_results > config.num_clients:
-        raise UserError(
-            f"min_results={config.min_results}: there are only num_clients={config.num_clients}"
-        )
-    strangers = [number for number in config.participants if number >= config.num_clients]
-    if strangers:
+    resources = plan_simulation(config)
+    for key in ("min_nodes", "min_results"):
+        if (config[key] or 0) > config.num_clients:
+            raise UserError(f"{key}={config[key]}: there are only num_clients={config.num_clients}")
+    if any(number >= config.num_clients for number in config.participants):
         raise UserError(
             f"participants={config.participants}: with num_clients={config.num_clients} the "
             f"partitions are 0 to {config.num_clients - 1}"
         )
     check_writable(Path(config.run_dir))
-    report = make_report(config.quiet)
-    image_set = open_image_set(config.dataset, config.cache_dir, config.seed, report)
-    dealt = (
-        config.num_clients,
-        OmegaConf.to_container(config.partition, resolve=True),
-        config.seed,
-    )
-    parts = open_partitions(image_set, config.cache_dir, *dealt)
-    for rows in parts:
+    image_set = open_images(config, make_report(config.quiet))
+    for rows in open_partitions(config, image_set):
         split_held_out(rows, config.held_out)
-    if has_labels(image_set):
-        check_evaluable(config.eval, image_set, config.seed)
+    if image_set.labelled:
+        check_labels(config.eval, image_set, config.seed)
     if config.resume is not None:
         check_continuation(config, find_run(config), image_set)
     return resources, image_set
 
 
-def has_labels(image_set: ImageSet) -> bool:
-    """Tell whether the linear evaluation has something to compare with."""
-    return image_set.train.labels is not None and image_set.test is not None
-
-
-def simulate(
+def train(
     config: DictConfig,
     resources: ClientResources,
     image_set: ImageSet,
     run: RunDirectory,
     checkpoint: Checkpoint | None = None,
-    client_app: ClientApp | None = None,
+    clients: ClientApp | None = None,
 ) -> None:
-    """Train all rounds with Ray-backed virtual clients; the only call of the simulation.
+    """Train all rounds that are left with Ray-backed virtual clients.
 
     Args:
         checkpoint: where to go on; None for the start.
-        client_app: instead of the ordinary one, to see what a faulty one does.
+        clients: instead of the ordinary ones, to see what faulty ones do.
     """
-    logging.getLogger("flwr").setLevel(logging.CRITICAL)  # failures are shown by the round
-    backend = {
-        "client_resources": {  # Flower hands them on as the options of Ray's actors
-            "num_cpus": resources.num_cpus,
-            "num_gpus": resources.num_gpus,
-            "max_restarts": -1,  # a process that died comes back for the next client
-        },
-        "init_args": {  # without effect where a cluster was joined
-            "address": "local",  # never join somebody's cluster unasked
-            "num_cpus": resources.num_cpus * resources.at_a_time,
-            "num_gpus": resources.total_gpus,
-            "logging_level": logging.ERROR,
-            "log_to_driver": False,
-        },
-    }
     done = checkpoint.round if checkpoint else 0
-    stop = Event()
     with RoundProgress(config.num_rounds, done, config.quiet) as progress:
-        server_app = ServerApp()
 
-        @server_app.main()
-        def serve(grid: Grid, context: Context) -> None:
-            nodes = Nodes.of(grid, config, stop=stop)
-            shown = (progress.show, checkpoint, progress.follow)
-            Federation(nodes, config, run, image_set, *shown).train()
+        def serve(grid: Grid, stop: Event) -> None:
+            follow = {"on_progress": progress.follow, "checkpoint": checkpoint, "stop": stop}
+            run_rounds(config, grid, run, image_set, progress.show, **follow)
 
-        clients = client_app or make_client_app(simulated(config))
-        try:
-            run_simulation(server_app, clients, config.num_clients, "ray", backend)
-        finally:
-            stop.set()  # the server's thread would wait for clients that are gone
+        clients = clients or make_client_app(simulated(config))
+        simulate(serve, clients, config.num_clients, resources)
 
 
-def print_opening(
+def describe(
     config: DictConfig, resources: ClientResources, image_set: ImageSet, run: RunDirectory
-) -> None:
+) -> dict[str, str]:
     """Say what is about to run and where: data, model, clients at a time, device, precision."""
-    device = choose_device(resources.num_gpus)
-    dtype = str(choose_dtype(config.precision, device)).removeprefix("torch.")
-    share = f" and {resources.num_gpus:g} GPU" if resources.num_gpus else ""
-    cores = f"{resources.num_cpus} CPU core{'s' if resources.num_cpus > 1 else ''}"
-    model = build_model(config.model, config.dataset, config.seed, torch.device("cpu"))
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    strategy = config.strategy._target_.rpartition(".")[2]
+    method = build_method(config, torch.device("cpu"))
+    weights = sum(parameter.numel() for parameter in method.parameters())
+    stem, side = method.encoder.settings.stem, config.dataset.image_size
     partitioner = config.partition._target_.rpartition(".")[2]
-    print(
-        f"Federated SimCLR: {config.num_clients} clients, {config.num_rounds} rounds of {strategy}"
-    )
-    side, count = config.dataset.image_size, len(image_set.train.pixels)
-    print(
-        f"  data       {config.dataset.name}, {count:,} images of {side} x {side} pixels, "
-        f"dealt out by {partitioner}"
-    )
-    print(f"  model      {config.model.encoder}, {model.stem} stem, {weights / 1e6:.1f} M weights")
-    print(
-        f"  running    {resources.at_a_time} client{'s' if resources.at_a_time > 1 else ''} at a "
-        f"time, each on {cores}{share},\n             device {device.type}, precision {dtype}"
-    )
-    print(f"  directory  {show_path(run.path)}\n")
-
-
-def print_ending(config: DictConfig, run: RunDirectory, labelled: bool) -> None:
-    """Say where everything lies and what to try next."""
-    print(f"\nEverything is in {show_path(run.path)}")
-    names = [f.name + "/" * f.is_dir() for f in run.path.iterdir() if f.name[0] != "."]
-    listed = ", ".join(sorted(n for n in names if not n.startswith("events.")))
-    print(indent(fill(listed, 78), "  "))
-    board = f"tensorboard --logdir {show_path(Path(config.output_dir))}"
-    commands = {
-        "python test.py label_fraction=0.02": "the same encoder, fewer labels",
-        "python test.py mode=finetune": "tune the encoder too",
-        "python main.py dataset=cifar10": "the benchmark",
-        board: "the curves of all runs",
+    return {
+        "data": f"{config.dataset.name}, {len(image_set.train.pixels):,} images of "
+        f"{side} x {side} pixels, dealt out by {partitioner}",
+        "model": f"{config.model.encoder}, {stem} stem, {weights / 1e6:.1f} M weights",
+        "running": f"{resources},\n{choose_backend(config.precision, resources.num_gpus)}",
+        "directory": show_path(run.path),
     }
-    if not labelled:
-        commands = {
-            "python -m scripts.embed FOLDER": "the features of images",
-            board: commands[board],
-        }
-    print("Next")
-    for command, purpose in commands.items():
-        print(f"  {command:38} {purpose}")
 
 
-def show_path(path: Path) -> str:
-    """Write a path relative to the working directory where it lies below it."""
-    path, here = path.resolve(), Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> RunDirectory:
+    """Do the whole job: train, evaluate, report.
 
-
-def open_run(config: DictConfig, image_set: ImageSet) -> tuple[RunDirectory, Checkpoint | None]:
-    """Start a run's directory, or go back to where `resume` left off."""
-    given = HydraConfig.get().overrides.task
-    overrides = [o for o in given if not o.startswith(("resume=", "run_dir="))]
-    if config.resume is not None:
-        return reopen(config, image_set, overrides, make_report(config.quiet))
-    return RunDirectory.create(Path(HydraConfig.get().runtime.output_dir), config, overrides), None
-
-
-def train_and_evaluate(config: DictConfig) -> None:
-    """Do the whole job in the run directory that Hydra made."""
+    Args:
+        directory: of the run, unless it goes on with another.
+        overrides: that led to the configuration, which a resumed run starts from.
+    """
     resources, image_set = prepare(config)
+    report = make_report(config.quiet)
     config.num_cpus, config.num_gpus = resources.num_cpus, resources.num_gpus
     if config.dataset.path:  # the clients' processes may work elsewhere
         config.dataset.path = str(Path(config.dataset.path).expanduser().resolve())
-    run, checkpoint = open_run(config, image_set)
+    its, checkpoint = open_run(config, directory, image_set, overrides, report)
     if image_set.unreadable:
         names = name_some(image_set.unreadable)
-        make_report(config.quiet)(
-            f"{WARNING}{len(image_set.unreadable)} unreadable files left out: {names}"
-        )
+        report(f"{WARNING}{len(image_set.unreadable)} unreadable files left out: {names}")
+    strategy, method = (config[key]._target_.rpartition(".")[2] for key in ("strategy", "method"))
     if not config.quiet:
-        print_opening(config, resources, image_set, run)
-    go_on = f"go on with: python main.py resume={show_path(run.path)}"
+        rounds = f"{config.num_clients} clients, {config.num_rounds} rounds of {strategy}"
+        print_opening(f"Federated {method}: {rounds}", describe(config, resources, image_set, its))
+    go_on = f"go on with: python main.py resume={show_path(its.path)}"
     try:
-        simulate(config, resources, image_set, run, checkpoint)
+        train(config, resources, image_set, its, checkpoint)
     except RuntimeError as error:
         raise RuntimeError(f"{error}; {go_on}") from error
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(go_on) from interrupt
-    draw_loss_graph(run.read_metrics(), run.path / "loss_graph.png", config.dataset.name)
-    labelled = has_labels(image_set)
+    report("")
+    evaluate(config, image_set, its)
     if not config.quiet:
-        print()
-    if labelled:
+        print_ending(its.path, Path(config.output_dir), image_set.labelled)
+    return its
+
+
+def evaluate(config: DictConfig, image_set: ImageSet, run: RunDirectory) -> None:
+    """Evaluate the encoder of a run and write the page; the run has its weights, come what may."""
+    if image_set.labelled:
         with Waiting("linear evaluation", config.quiet):
             result = evaluate_run(run, config, config.eval, image_set, run.last_checkpoint())
         print_results(result)
     else:
         print("No labels, so no linear evaluation. With a folder of labelled images:")
         print("  python test.py dataset=imagefolder dataset.path=FOLDER label_fraction=1")
-    with Waiting("report", config.quiet):
-        try_report(run, config, image_set)
-    if not config.quiet:
-        print_ending(config, run, labelled)
-
-
-def try_report(run: RunDirectory, config: DictConfig, image_set: ImageSet) -> None:
-    """Write the report; whatever goes wrong with it, the run has its results."""
     try:
-        write_report(run, config, config.figures, image_set)
+        with Waiting("report", config.quiet):
+            report_run(run, config, config.figures, image_set)
     except Exception as error:
         reason = f"{WARNING}no report ({type(error).__name__}: {error}); "
         make_report(config.quiet)(f"{reason}python -m scripts.report tries again")
 
 
+def job(config: DictConfig) -> None:
+    """Run in the directory that Hydra made."""
+    hydra = HydraConfig.get()
+    overrides = [o for o in hydra.overrides.task if not o.startswith(("resume=", "run_dir="))]
+    run(config, Path(hydra.runtime.output_dir), overrides)
+
+
 if __name__ == "__main__":
-    run_entry("config", prepare, train_and_evaluate, with_earlier_overrides)
+    run_entry("config", prepare, job, with_earlier_overrides)

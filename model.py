@@ -1,4 +1,4 @@
-"""SimCLR and its loss, NT-Xent.
+"""SimCLR: two views of an image attract each other, those of other images repel.
 
 Chen et al., "A Simple Framework for Contrastive Learning of Visual
 Representations", https://arxiv.org/abs/2002.05709.
@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedssl.methods.base import Losses, Method
 from fedssl.networks.encoder import STAGES, Encoder
 from fedssl.networks.heads import make_head
 
 
-class SimCLR(Encoder):
+class SimCLR(Method):
     """An encoder and the projection heads that only the loss sees.
 
     With deep supervision (Lee et al., https://arxiv.org/abs/1409.5185) earlier stages have
@@ -23,36 +24,48 @@ class SimCLR(Encoder):
 
     def __init__(
         self,
-        architecture: str,
-        stem: str,
+        encoder: Encoder,
+        temperature: float,
         projection_hidden: int,
         projection_size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
         deep_supervision: Sequence[str] = (),
     ) -> None:
-        """Build all parts at random initialization.
+        """Put heads at random initialization on an encoder.
 
         Args:
-            architecture, stem, mean, std: see `Encoder`.
+            temperature: of NT-Xent, above 0.
             projection_hidden, projection_size: widths of the two-layer heads.
             deep_supervision: names of earlier stages with heads of their own.
         """
-        super().__init__(architecture, stem, mean, std)
+        super().__init__()
+        self.encoder, self.temperature = encoder, temperature
         sizes = projection_hidden, projection_size
-        self.projection_head = make_head(self.feature_size, *sizes)
-        widths = {name: self.feature_size >> 3 - STAGES.index(name) for name in deep_supervision}
-        self.deep_heads = nn.ModuleDict({n: make_head(w, *sizes) for n, w in widths.items()})
+        self.projection_head = make_head(encoder.feature_size, *sizes)
+        self.deep_heads = nn.ModuleDict(
+            {stage: make_head(encoder.width(stage), *sizes) for stage in deep_supervision}
+        )
 
-    def forward(self, views: Tensor) -> Tensor:
-        """Project views (B, 3, H, W) in [0, 1] to the loss's space (B, projection_size)."""
-        return self.projection_head(self.features(views))
+    def project(self, views: Tensor) -> list[Tensor]:
+        """Project views (2B, 3, H, W) in [0, 1] by all heads, the last stage's first.
 
-    def project_stages(self, views: Tensor) -> list[Tensor]:
-        """Project views to what `forward` gives, and beside it those of each deep head."""
-        stages = self.stages(views)
+        Returns:
+            (2B, projection_size) of each head.
+        """
+        stages = self.encoder.stages(views)
         deep = [head(stages[name]) for name, head in self.deep_heads.items()]
         return [self.projection_head(stages[STAGES[-1]]), *deep]
+
+    def loss(self, views: Tensor) -> Losses:
+        """Compute NT-Xent of the last stage; the losses of all deep heads together count as much.
+
+        See `Method.loss`; the last stage's loss is reported, in nats.
+        """
+        projections, *deep = self.project(views)
+        loss = nt_xent(projections, self.temperature)
+        total = loss
+        if deep:
+            total = loss + torch.stack([nt_xent(p, self.temperature) for p in deep]).mean()
+        return Losses(total, loss.detach(), projections.detach())
 
 
 def nt_xent(projections: Tensor, temperature: float) -> Tensor:

@@ -1,56 +1,285 @@
-"""From configuration to objects: what every process prepares alike."""
+"""From configuration to objects: what every process prepares alike.
 
-from collections.abc import Mapping
+The only place that reads sections of the configuration; what lies below takes values.
+"""
+
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from threading import Event
 from typing import Any
 
+import numpy as np
 import torch
-from omegaconf import DictConfig
+from flwr.serverapp import Grid
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
 
+from fedssl.compute import choose_backend
+from fedssl.data import partitions
+from fedssl.data.cache import Report, open_image_set
+from fedssl.data.image_set import Images, ImageSet
+from fedssl.data.sources.base import Source
+from fedssl.data.sources.folder import own_folder
+from fedssl.data.views import Augmentation, make_augmentation
 from fedssl.errors import UserError
-from fedssl.networks.encoder import stem_for
+from fedssl.federation.aggregation import build_strategy, fraction_train
+from fedssl.federation.nodes import Nodes, Patience, no_op
+from fedssl.federation.resources import (
+    ClientResources,
+    clients_per_round,
+    find_machines,
+    plan_resources,
+)
+from fedssl.federation.rounds import Federation, OnRound, ProgressCallback, RoundSettings
+from fedssl.methods.base import Method
+from fedssl.networks.encoder import Encoder, EncoderSettings, stem_for
 from fedssl.networks.state import load_state
-from fedssl.runs.checkpoints import load_checkpoint
-from model import SimCLR
+from fedssl.runs.checkpoints import Checkpoint, load_checkpoint
+from fedssl.runs.directory import RunDirectory
+from fedssl.runs.metrics import RoundMetrics
+from fedssl.seeding import derive_seed
+from fedssl.training.local import TrainSettings
+from fedssl.training.optimizers import OptimizerSettings
+from fedssl.training.schedule import Schedule
+
+PREPARATION = (
+    "image_size",
+    "mean",
+    "std",
+)  # keys of the `dataset` section that aren't the source's
 
 
-def build_model(
-    model: Mapping[str, Any], dataset: Mapping[str, Any], seed: int, device: torch.device
-) -> SimCLR:
-    """Build the network of a run at the initialization that the seed gives.
+def plain(section: DictConfig) -> Any:
+    """Give a section as plain Python, its interpolations resolved."""
+    return OmegaConf.to_container(section, resolve=True)
 
-    Args:
-        model, dataset: these sections of the configuration; the stem "auto"
-            follows the image size.
+
+# --- images --------------------------------------------------------------------
+
+
+def open_source(section: Mapping[str, Any]) -> Source:
+    """Make the source of images that the `dataset` section describes; opens no image yet.
+
+    Raises:
+        UserError: the section names no source, or does not suit it.
     """
-    stem = stem_for(dataset["image_size"]) if model["stem"] == "auto" else model["stem"]
+    arguments = {key: value for key, value in section.items() if key not in PREPARATION}
+    try:
+        source = instantiate(arguments)
+    except InstantiationException as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise UserError(f"dataset: {reason}") from error
+    if not isinstance(source, Source):
+        raise UserError(f"dataset._target_={arguments.get('_target_')}: no source of images")
+    return source
+
+
+def open_images(config: DictConfig, report: Report = no_op, verify: bool = True) -> ImageSet:
+    """Open the images of a run, decoding them into the cache the first time.
+
+    Raises:
+        UserError: as `open_image_set`.
+    """
+    place = config.dataset.image_size, config.cache_dir, config.seed
+    return open_image_set(open_source(config.dataset), *place, report, verify)
+
+
+def open_partitions(
+    config: DictConfig, image_set: ImageSet, num_partitions: int | None = None
+) -> list[np.ndarray]:
+    """Deal the training images out: the rows of each partition, as many as clients by default.
+
+    Raises:
+        UserError: as `partition_rows`.
+    """
+    count = num_partitions or config.num_clients
+    spec = plain(config.partition)
+    return partitions.open_partitions(image_set, config.cache_dir, count, spec, config.seed)
+
+
+def open_client_images(
+    config: DictConfig, num_partitions: int, data_path: str | None, verify: bool = False
+) -> tuple[Images, list[np.ndarray]]:
+    """Open a node's own folder, all of it, or the data set that is dealt out to all.
+
+    Raises:
+        UserError: no images, or not enough.
+    """
+    if data_path is None:
+        if not open_source(config.dataset).is_here:
+            raise UserError('this node has no images; put data-path="DIR" into its --node-config')
+        image_set = open_images(config, verify=verify)
+        return image_set.train, open_partitions(config, image_set, num_partitions)
+    folder = own_folder(data_path, config.dataset.name)
+    place = config.dataset.image_size, config.cache_dir, config.seed
+    try:
+        train = open_image_set(folder, *place, verify=verify).train
+    except UserError as error:
+        raise UserError(str(error).replace("dataset.path", "data-path")) from error
+    order = np.random.default_rng(derive_seed(config.seed, "partition"))
+    return train, [order.permutation(len(train.pixels))]
+
+
+def build_views(config: DictConfig, output_size: int | None = None) -> Augmentation:
+    """Build the random views, of the images' size by default."""
+    return make_augmentation(plain(config.augment), output_size or config.dataset.image_size)
+
+
+# --- model and training ----------------------------------------------------------
+
+
+def build_method(config: DictConfig, device: torch.device) -> Method:
+    """Build the method of a run at the initialization that the seed gives.
+
+    Raises:
+        UserError: the method refuses its settings.
+    """
+    dataset, stem = config.dataset, config.model.stem
+    stem = stem_for(dataset.image_size) if stem == "auto" else stem
+    statistics = list(dataset.mean), list(dataset.std)
+    settings = EncoderSettings(config.model.encoder, stem, *statistics)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        built = SimCLR(
-            model["encoder"],
-            stem,
-            model["projection_hidden"],
-            model["projection_size"],
-            dataset["mean"],
-            dataset["std"],
-            model["deep_supervision"],
-        )
-    return built.to(device, memory_format=torch.channels_last)
+        torch.manual_seed(config.seed)
+        try:
+            method: Method = instantiate(plain(config.method), encoder=Encoder(settings))
+        except InstantiationException as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise UserError(f"method: {reason}") from error
+    return method.to(device, memory_format=torch.channels_last)
 
 
-def load_trained(config: DictConfig, checkpoint: Path, device: torch.device) -> tuple[SimCLR, int]:
-    """Load a checkpoint of a run; return the model and its round.
+def build_schedule(config: DictConfig) -> Schedule:
+    """Build the plan of what changes over the rounds."""
+    train = config.train
+    return Schedule(
+        config.num_rounds,
+        config.dataset.image_size,
+        tuple(train.train_resolutions),
+        train.eval_resolution,
+        tuple(train.round_fractions),
+    )
+
+
+def build_train_settings(config: DictConfig) -> TrainSettings:
+    """Build how a client trains in a round."""
+    train, optimizer = config.train, OptimizerSettings(**plain(config.optimizer))
+    return TrainSettings(train.local_epochs, train.batch_size, train.max_steps, optimizer)
+
+
+def load_trained(config: DictConfig, checkpoint: Path, device: torch.device) -> tuple[Method, int]:
+    """Load a checkpoint of a run; return the method and its round.
 
     Raises:
         UserError: a damaged checkpoint, or one of another architecture.
     """
-    model = build_model(config.model, config.dataset, config.seed, device)
+    method = build_method(config, device)
     loaded = load_checkpoint(checkpoint)
     try:
-        load_state(model, loaded.state)
+        load_state(method, loaded.state)
     except ValueError as error:
         raise UserError(
             f"checkpoint={checkpoint}: of another architecture than {config.model.encoder} "
-            f"with stem {model.stem} ({error}); evaluate it with its own run"
+            f"with stem {method.encoder.settings.stem} ({error}); evaluate it with its own run"
         ) from error
-    return model, loaded.round
+    return method, loaded.round
+
+
+# --- federation ------------------------------------------------------------------
+
+
+def plan_simulation(config: DictConfig) -> ClientResources:
+    """Share the machines among the clients that train at a time.
+
+    Raises:
+        UserError: more is asked for than there is, or the strategy can't be used.
+    """
+    share = fraction_train(build_strategy(plain(config.strategy)))
+    sampled = clients_per_round(config.num_clients, share)
+    machines = find_machines(config.ray_address)
+    return plan_resources(sampled, config.num_cpus, config.num_gpus, machines)
+
+
+def build_patience(config: DictConfig) -> Patience:
+    """Build how long to wait for clients; min_nodes=null means all of them."""
+    least = config.min_nodes or config.num_clients
+    participants = frozenset(config.participants)
+    return Patience(least, config.node_wait_s, config.round_timeout_s, participants)
+
+
+def build_federation(
+    config: DictConfig,
+    nodes: Nodes,
+    run: RunDirectory,
+    image_set: ImageSet | None,
+    checkpoint: Checkpoint | None = None,
+) -> Federation:
+    """Build the global model, the strategy and what watches them.
+
+    Args:
+        image_set: for the kNN accuracy per round; None, or a set without labels,
+            leaves it out.
+        checkpoint: of the last round that was done.
+    """
+    from fedssl.evaluation.monitor import KnnMonitor  # no client needs it
+
+    backend = choose_backend(config.precision)
+    settings = RoundSettings(
+        seed=config.seed,
+        num_rounds=config.num_rounds,
+        min_results=config.min_results,
+        max_update_ratio=config.max_update_ratio or 0,
+        keep_checkpoints=config.keep_checkpoints,
+        images=image_set.content if image_set else None,
+    )
+    monitor = None
+    if image_set and image_set.train.labels is not None:
+        limits = plain(config.monitor)
+        schedule = build_schedule(config)
+        monitor = KnnMonitor(
+            image_set.train, config.seed, **limits, backend=backend, schedule=schedule
+        )
+    strategy, acts_on = build_strategy(plain(config.strategy)), config.strategy.acts_on
+    method = build_method(config, backend.device)
+    return Federation(nodes, method, strategy, acts_on, settings, run, monitor, checkpoint)
+
+
+def run_rounds(
+    config: DictConfig,
+    grid: Grid,
+    run: RunDirectory,
+    image_set: ImageSet | None,
+    on_round: OnRound,
+    *,
+    checkpoint: Checkpoint | None = None,
+    on_progress: ProgressCallback = no_op,
+    report: Callable[[str], None] = no_op,
+    stop: Event | None = None,
+) -> None:
+    """Run the rounds that are left, then write encoder and loss graph: main.py's and app.py's core.
+
+    Args:
+        on_round: called with the numbers of every finished round.
+        on_progress: called as clients answer.
+        report: told, in a line, of waiting and of nodes that come and go.
+        stop: set by another thread to end all waiting.
+
+    Raises:
+        RuntimeError: too few clients, or files can't be written.
+    """
+    from fedssl.reporting.figures import draw_loss_graph  # no client needs these two
+    from fedssl.reporting.tensorboard import TensorboardWriter
+
+    nodes = Nodes(grid, build_patience(config), report, stop)
+    federation = build_federation(config, nodes, run, image_set, checkpoint)
+    with TensorboardWriter(run.path, purge_step=federation.done + 1) as events:
+
+        def keep(metrics: RoundMetrics) -> None:
+            events.write(metrics)
+            on_round(metrics)
+
+        federation.train(keep, on_progress)
+    encoder = federation.method.encoder
+    resolution = build_schedule(config).eval_resolution(config.num_rounds)
+    run.save_encoder(encoder, resolution, config.dataset.name, federation.done)
+    draw_loss_graph(run.read_metrics(), run.path / "loss_graph.png", config.dataset.name)

@@ -1,8 +1,35 @@
 """The device, the precision and the memory that a process uses."""
 
 import ctypes
+from dataclasses import dataclass
 
 import torch
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where and how exactly a process computes.
+
+    Attributes:
+        dtype: of the autocast forward passes, float32 for none.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def autocast(self) -> torch.autocast:
+        """Give the context in which forward passes run."""
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
+
+    def __str__(self) -> str:
+        return f"device {self.device.type}, precision {str(self.dtype).removeprefix('torch.')}"
+
+
+def choose_backend(precision: str, num_gpus: float | None = None) -> Backend:
+    """Choose device and dtype, see `choose_device` and `choose_dtype`."""
+    device = choose_device(num_gpus)
+    return Backend(device, choose_dtype(precision, device))
 
 
 def release_memory() -> None:

@@ -1,18 +1,59 @@
-"""What a stream can show: a person's terminal, or plain text for files and pipes."""
+"""The terminal, by rich: a console for each stream, and lines in a style."""
 
 import os
+import sys
+from functools import lru_cache
 from typing import TextIO
 
-STYLES = {"strong": "1", "error": "31", "warning": "33"}  # of SGR, ECMA-48
+from rich.console import Console
+from rich.text import Text
+from rich.theme import Theme
+
+STYLES = Theme({"headline": "bold", "error": "red", "warning": "yellow"})
+UNLIMITED = 10_000  # columns of files and pipes: nothing is wrapped there
 
 
-def is_live(stream: TextIO) -> bool:
-    """Tell whether the stream is a terminal where a line can be rewritten."""
-    return stream.isatty() and os.environ.get("TERM") != "dumb"
+class _Console(Console):
+    def show_cursor(self, show: bool = True) -> bool:
+        """Leave the cursor alone: a program that is killed would leave it hidden."""
+        return False
 
 
-def paint(text: str, style: str, stream: TextIO) -> str:
-    """Style a text for a terminal, unless NO_COLOR is set (https://no-color.org)."""
-    if not is_live(stream) or os.environ.get("NO_COLOR"):
-        return text
-    return f"\x1b[{STYLES[style]}m{text}\x1b[0m"
+def console_on(stream: TextIO) -> Console:
+    """Give the console of a stream: always the same, so that lines appear above its moving line.
+
+    Only a terminal gets escape codes, and only one without NO_COLOR (https://no-color.org)
+    gets styles. Nothing is wrapped, highlighted or read as markup.
+    """
+    return _open(getattr(stream, "rich_proxied_file", stream))  # what rich has put in its place
+
+
+@lru_cache(maxsize=4)
+def _open(stream: TextIO) -> Console:
+    terminal = stream.isatty()
+    return _Console(
+        file=stream,
+        theme=STYLES,
+        force_terminal=terminal,
+        force_jupyter=False,
+        color_system=None if os.environ.get("NO_COLOR") else "auto",
+        width=None if terminal else UNLIMITED,
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )
+
+
+def can_rewrite(console: Console) -> bool:
+    """Tell whether it is a terminal where a line can be rewritten, and bars can be shown."""
+    return console.is_interactive and console.encoding.startswith("utf")
+
+
+def print_line(line: str, style: str = "", stream: TextIO | None = None) -> None:
+    """Print a line as it is, in one of STYLES where the stream shows any.
+
+    Args:
+        stream: by default the standard output of this moment.
+    """
+    console_on(stream or sys.stdout).print(Text(line, style))

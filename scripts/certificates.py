@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fedssl.deployment.certificates import make_certificates
 from fedssl.errors import UserError
+from fedssl.terminal import print_line
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
                 raise UserError(f"--{flag}={value}: must be from 1 to 10000")
         made = make_certificates(given.out, given.hosts, given.nodes, given.days)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_line(f"error: {error}", "error", sys.stderr)
         sys.exit(2)
     names = ", ".join(file.name for file in made) or "nothing, all of it was there"
     print(f"Made in {given.out}: {names}")

@@ -18,6 +18,7 @@ from fedssl.reporting.comparison import (
     summarize,
     to_markdown,
 )
+from fedssl.terminal import print_line
 
 
 def main() -> None:
@@ -51,5 +52,5 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_line(f"error: {error}", "error", sys.stderr)
         sys.exit(2)

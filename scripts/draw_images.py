@@ -5,25 +5,27 @@ python -m scripts.draw_images --run=outputs/latest   # and those that need the w
 """
 
 import argparse
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from omegaconf import DictConfig
 
 from fedssl.config.compose import load_config
 from fedssl.data.cache import open_image_set
+from fedssl.data.image_set import ImageSet
 from fedssl.data.partitions import count_classes, partition_rows
 from fedssl.data.views import make_augmentation
 from fedssl.env import ROOT
 from fedssl.reporting.comparison import MAIN_METRIC, draw_comparison, find_runs, gather
 from fedssl.reporting.figures import INK, draw_knn, draw_loss_graph, draw_partitions, show_image
+from fedssl.runs.directory import RunDirectory
 from fedssl.seeding import generator_for
+from utils import open_source
 
 RECORDED_RUN = ROOT / "results" / "digits" / "seed0"
 BENCHMARK = ROOT / "results" / "cifar10_cpu" / "seed0"
@@ -44,6 +46,12 @@ def draw_formula(file: Path) -> None:
         figure.savefig(file, dpi=150)
 
 
+def open_images(config: DictConfig) -> ImageSet:
+    """Open the images of a configuration."""
+    source, size = open_source(config.dataset), config.dataset.image_size
+    return open_image_set(source, size, config.cache_dir, config.seed)
+
+
 def draw_views(file: Path, overrides: Sequence[str], count: int = 8) -> None:
     """Show training images above two random views of each.
 
@@ -51,7 +59,7 @@ def draw_views(file: Path, overrides: Sequence[str], count: int = 8) -> None:
         overrides: which data set and views, as for main.py.
     """
     config = load_config("config", overrides)
-    images = open_image_set(config.dataset, config.cache_dir, config.seed).train.pixels[:count]
+    images = open_images(config).train.pixels[:count]
     augmentation = make_augmentation(config.augment, config.dataset.image_size)
     views = augmentation.two_views(
         torch.from_numpy(np.array(images)), generator_for(config.seed, "figure")
@@ -73,8 +81,9 @@ def draw_dealing(file: Path, overrides: Sequence[str]) -> None:
         overrides: which data set and partition, as for main.py.
     """
     config = load_config("config", overrides)
-    images = open_image_set(config.dataset, config.cache_dir, config.seed)
-    parts = partition_rows(images.train, config.num_clients, config.partition, config.seed)
+    images = open_images(config)
+    dealt = (config.num_clients, dict(config.partition), config.seed)
+    parts = partition_rows(images.train, *dealt)
     draw_partitions(count_classes(images, parts), images.class_names, file)
 
 
@@ -86,9 +95,11 @@ def main() -> None:
     draw_formula(folder / "loss_eq.png")
     draw_views(folder / "views.png", [])
     draw_dealing(folder / "partitions.png", ["partition=dirichlet", "partition.alpha=0.1"])
-    draw_loss_graph(read_metrics(RECORDED_RUN), folder / "loss_graph.png", "digits")
-    draw_loss_graph(read_metrics(BENCHMARK), folder / "loss_cifar10.png", "CIFAR-10")
-    draw_knn(read_metrics(BENCHMARK), folder / "knn_cifar10.png")
+    recorded = RunDirectory(RECORDED_RUN).read_metrics()
+    draw_loss_graph(recorded, folder / "loss_graph.png", "digits")
+    benchmark = RunDirectory(BENCHMARK).read_metrics()
+    draw_loss_graph(benchmark, folder / "loss_cifar10.png", "CIFAR-10")
+    draw_knn(benchmark, folder / "knn_cifar10.png")
     by_clients = sorted(SWEEP.glob("clients-*"))
     if len(by_clients) > 1:
         runs, _, _ = gather(find_runs(by_clients))
@@ -96,11 +107,6 @@ def main() -> None:
     if given.run:
         for name in ("map.png", "neighbours.png"):
             shutil.copy(given.run / "figures" / name, folder)
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Read the metrics lines of a recorded run."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").open()]
 
 
 if __name__ == "__main__":

@@ -5,6 +5,13 @@ python -m scripts.embed photos --neighbours=neighbours.png
 python -m scripts.embed photos --encoder=encoder.safetensors --out=features.parquet
 """
 
+from fedssl.config.help import answer
+
+if __name__ == "__main__":
+    answer("embed")  # before the imports below, which take seconds
+
+
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from omegaconf import DictConfig
-from tqdm import tqdm
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fedssl.compute import choose_device, choose_dtype
 from fedssl.config.command_line import HYDRA_OPTIONS, run_entry
@@ -25,6 +32,7 @@ from fedssl.evaluation.features import extract_features
 from fedssl.files import check_replaceable, replacing
 from fedssl.reporting.figures import draw_neighbours
 from fedssl.runs.encoder_file import TrainedEncoder, find_encoder, load_encoder
+from fedssl.terminal import can_rewrite, console_on
 
 SPLITS = {"train", "test"}
 QUERIES = 6  # images whose nearest neighbours are drawn
@@ -100,8 +108,9 @@ def write_features(
     read, unreadable = [], []
     with (
         pq.ParquetWriter(file, schema) as writer,
-        tqdm(total=len(files), unit=" images", disable=None, leave=False) as bar,
+        show_progress() as progress,
     ):
+        task = progress.add_task("embedding", total=len(files))
         for batch in decode_batches(encoded(files), trained.image_size, batch_size):
             good = [(image.data, pixels) for image, pixels in batch if pixels is not None]
             unreadable += [image.name for image, pixels in batch if pixels is None]
@@ -119,8 +128,16 @@ def write_features(
                 }
                 writer.write_batch(pa.record_batch([columns[n] for n in schema.names], schema))
                 read += names
-            bar.update(len(batch))
+            progress.advance(task, len(batch))
     return read, unreadable
+
+
+def show_progress() -> Progress:
+    """Make a bar that is there while images are encoded, in terminals only."""
+    console = console_on(sys.stderr)
+    parts = (BarColumn(), MofNCompleteColumn(), TextColumn("images,"), TimeRemainingColumn())
+    shown = can_rewrite(console)
+    return Progress(*parts, console=console, transient=True, disable=not shown)
 
 
 def make_schema(trained: TrainedEncoder, labelled: bool) -> pa.Schema:

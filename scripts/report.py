@@ -5,6 +5,12 @@ python -m scripts.report --run=outputs/DATE/TIME
 python -m scripts.report path=DIR                 # its images have moved
 """
 
+from fedssl.config.help import answer
+
+if __name__ == "__main__":
+    answer("report")  # before the imports below, which take seconds
+
+
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -30,7 +36,7 @@ def prepare(settings: DictConfig) -> tuple[RunDirectory, DictConfig, ImageSet | 
     config.precision = settings.precision
     if settings.path:
         config.dataset.path = settings.path
-    if config.dataset.source == "imagefolder" and not config.dataset.path:
+    if config.dataset._target_.endswith("FolderSource") and not config.dataset.path:
         return run, config, None  # each client had a folder of its own
     try:
         return run, config, open_image_set(config.dataset, settings.cache_dir, config.seed, print)

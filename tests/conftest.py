@@ -4,6 +4,7 @@ import ast
 import fcntl
 import os
 import pty
+import re
 import struct
 import subprocess
 import termios
@@ -12,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fedssl.config.compose import load_config
 from fedssl.data.cache import open_image_set
 from fedssl.env import ROOT
-from utils import build_model
+from utils import build_method, open_source
 
 CIFAR10 = Path(os.environ.get("CIFAR10_DIR", ROOT.parent / "shared" / "data" / "cifar10"))
 CPU = torch.device("cpu")
@@ -65,6 +67,38 @@ def in_terminal(command, columns=80, **variables):
     return process.wait(), b"".join(pieces).decode()
 
 
+def open_images(source, image_size, cache_dir, seed=0, **options):
+    """Open an image set by seed 0."""
+    return open_image_set(source, image_size, str(cache_dir), seed, **options)
+
+
+def screen(text):
+    """Give the lines that a terminal shows after a text, without style and blank ones at the end.
+
+    A code that moves the cursor in another way than rich's moving lines do is an error.
+    """
+    lines, row, column = [""], 0, 0
+    for piece in re.findall(r"\x1b\[[?\d;]*[A-Za-z]|[\r\n]|[^\x1b\r\n]+", text):
+        if piece == "\r":
+            column = 0
+        elif piece == "\n":  # the terminal driver sends \r\n
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif not piece.startswith("\x1b"):
+            line = lines[row].ljust(column)
+            lines[row] = line[:column] + piece + line[column + len(piece) :]
+            column += len(piece)
+        elif piece == "\x1b[2K":
+            lines[row] = ""
+        elif piece[-1] == "A":
+            row -= int(piece[2:-1] or 1)
+        else:
+            assert piece[-1] == "m", f"unknown code {piece!r}"
+    while len(lines) > 1 and not lines[-1].strip():
+        lines.pop()
+    return lines
+
+
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory):
     return str(tmp_path_factory.mktemp("cache"))
@@ -87,14 +121,32 @@ def config(cache_dir, tmp_path):
 
 @pytest.fixture(scope="session")
 def digits(cache_dir):
-    return open_image_set(load_config("config", []).dataset, cache_dir, seed=0)
+    return open_images(open_source(load_config("config", []).dataset), 8, cache_dir)
 
 
 @pytest.fixture
-def model(config):
-    return build_model(config.model, config.dataset, 0, CPU)
+def method(config):
+    return build_method(config, CPU)
 
 
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def pets(tmp_path, rng):
+    """Class folders with images of many modes and sizes, 6 of each class."""
+    root = tmp_path / "pets"
+    for number, name in enumerate(("cat", "dog")):
+        (root / name).mkdir(parents=True)
+        for index, mode in enumerate(("RGB", "L", "RGBA", "P", "CMYK", "I;16")):
+            size = (20 + 10 * index, 30)
+            if mode == "I;16":
+                image = Image.fromarray(rng.integers(0, 2**16, size[::-1], dtype=np.uint16))
+            else:
+                pixels = rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+                image = Image.fromarray(pixels).convert(mode)
+            suffix = "jpg" if mode == "CMYK" else "png"
+            image.save(root / name / f"{number}{index}.{suffix}")
+    return root

@@ -60,7 +60,7 @@ from fedssl.training.local import TrainResult, local_train
 from fedssl.training.optimizers import make_optimization
 from fedssl.training.schedule import encode_size, plan_round, view_size
 from model import SimCLR
-from utils import build_model
+from utils import build_model, open_source
 
 TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1  # messages ask for them
 # By dataset: images kept apart, images with labels, and draws of these.
@@ -183,7 +183,8 @@ def main() -> None:
         config.dataset.path = given.path
         if config.dataset.name not in SIZES:
             raise UserError(f"dataset={config.dataset.name}: trials are of {' or '.join(SIZES)}")
-        images = open_image_set(config.dataset, config.cache_dir, config.seed, report=print).train
+        places = (config.dataset.image_size, config.cache_dir, config.seed)
+        images = open_image_set(open_source(config.dataset), *places, report=print).train
     except UserError as error:
         parser.error(str(error))
     measured = provenance()

@@ -42,7 +42,7 @@ from fedssl.seeding import generator_for
 from fedssl.training.local import local_train
 from fedssl.training.optimizers import make_optimization
 from model import nt_xent
-from utils import build_model
+from utils import build_model, open_source
 
 CASES = [("resnet18", "imagenet"), ("resnet18", "conv3x3_stride1"), ("resnet50", "imagenet")]
 
@@ -275,7 +275,8 @@ def main() -> None:
     config = load_config("config", base)
     device, workers, measured = choose_device(), count_cores(), provenance()
     torch.set_num_threads(workers)
-    pixels = np.array(open_image_set(config.dataset, config.cache_dir, 0).train.pixels)
+    places = (config.dataset.image_size, config.cache_dir, 0)
+    pixels = np.array(open_image_set(open_source(config.dataset), *places).train.pixels)
     augmentation = compare_augmentations(config, pixels, device, workers)
     print("two views of 512 images")
     for name, value in augmentation["milliseconds"].items():

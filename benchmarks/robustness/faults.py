@@ -34,6 +34,7 @@ from fedssl.config.compose import load_config
 from fedssl.env import ROOT
 from fedssl.federation.messages import pack_state, unpack_state
 from fedssl.runs.directory import RunDirectory
+from fedssl.runs.metrics import RoundMetrics
 from fedssl.runs.provenance import provenance
 
 FAULTY = 1  # the partition that misbehaves
@@ -146,11 +147,11 @@ def try_clients(folder: Path) -> list[dict[str, str]]:
     run = RunDirectory.create(folder / "clients", config)
     app = make_client_app(simulated(config), mods=[misbehave])
     program.simulate(config, resources, image_set, run, client_app=app)
-    rows = run.read_metrics()
+    done = run.read_metrics()
     table = []
-    for (fault, (_, reason)), row in zip(CLIENT_FAULTS.items(), rows, strict=False):
-        reasons = {f["partition"]: f["reason"] for f in row["failures"]}
-        trained = [client["partition"] for client in row["clients"] if "step" in client]
+    for (fault, (_, reason)), metrics in zip(CLIENT_FAULTS.items(), done, strict=False):
+        reasons = {failure.partition: failure.reason for failure in metrics.failures}
+        trained = who_trained(metrics)
         told = reasons.get(FAULTY, "nothing")
         table.append(
             {
@@ -160,16 +161,21 @@ def try_clients(folder: Path) -> list[dict[str, str]]:
                 "ok": reason in told and trained == [0, 2] and set(reasons) == {FAULTY},
             }
         )
-    trained = [client["partition"] for client in rows[-1]["clients"] if "step" in client]
+    trained = who_trained(done[-1])
     table.append(
         {
             "fault": "client: no fault any more",
             "expected": "takes part again",
             "seen": f"trained: {trained}",
-            "ok": trained == [0, 1, 2] and len(rows) == rounds and rows[-1]["failures"] == [],
+            "ok": trained == [0, 1, 2] and len(done) == rounds and not done[-1].failures,
         }
     )
     return table
+
+
+def who_trained(metrics: RoundMetrics) -> list[int]:
+    """List the partitions whose updates went into a round."""
+    return [c.partition for c in metrics.clients if c.update_norm is not None]
 
 
 def run_main(*arguments: object) -> tuple[int, str]:

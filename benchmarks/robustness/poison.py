@@ -69,13 +69,13 @@ def run_once(folder: Path, overrides: list[str], factor: float) -> dict:
     program.simulate(config, resources, image_set, run, client_app=app)
     result = evaluate_run(run, config, config.eval, image_set, run.last_checkpoint())
     heads = {row["encoder"]: row for row in result["rows"] if row["method"].startswith("linear")}
-    rows = run.read_metrics()
+    rounds = run.read_metrics()
     return {
         "linear_head": heads["federated SimCLR"]["mean"],
         "random_encoder": heads["random encoder"]["mean"],
-        "knn": rows[-1]["knn"],
-        "rejected": sum(len(row["failures"]) for row in rows),
-        "warnings": sum(len(row["warnings"]) for row in rows),
+        "knn": rounds[-1].knn,
+        "rejected": sum(len(metrics.failures) for metrics in rounds),
+        "warnings": sum(len(metrics.warnings) for metrics in rounds),
     }
 
 

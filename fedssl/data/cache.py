@@ -15,12 +15,11 @@ import numpy as np
 
 from fedssl.data.decoding import decode_batches
 from fedssl.data.image_set import Images, ImageSet
-from fedssl.data.sources import folder as sources
-from fedssl.data.sources.base import Encoded, Source
+from fedssl.data.sources.base import Encoded, Source, Splits
 from fedssl.errors import WARNING, UserError
 from fedssl.files import sync_folder, write_atomically
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 DECODE_BATCH = 1024
 MAX_NAMES = 5  # of unreadable files, in messages
 
@@ -28,7 +27,8 @@ Report = Callable[[str], None]
 
 
 def open_image_set(
-    spec: Mapping[str, Any],
+    source: Source,
+    image_size: int,
     cache_dir: str,
     seed: int,
     report: Report = lambda line: None,
@@ -36,12 +36,12 @@ def open_image_set(
 ) -> ImageSet:
     """Open an image set, decoding it into the cache the first time.
 
-    The cache is keyed by the data's fingerprint and the image size, written
+    The cache is keyed by the source's fingerprint and the image size, written
     under a temporary name and renamed, and shared by all processes through the
     page cache.
 
     Args:
-        spec: the `dataset` section of the configuration.
+        image_size: side of the decoded images in pixels.
         cache_dir: where decoded images are kept; ~ is the home directory.
         seed: decides the test split where the source has none.
         report: told, in one line, of work that takes long.
@@ -51,24 +51,14 @@ def open_image_set(
     Raises:
         UserError: the data can't be found or read, or the cache not written.
     """
-    path = Path(spec["path"]).expanduser().resolve() if spec["path"] else None
-    if path is None and spec["source"] == "imagefolder":
-        raise UserError("dataset=imagefolder needs a folder: add dataset.path=DIR")
-    if path is None and not spec["name"]:
-        raise UserError("dataset=hub needs a name: add dataset.name=OWNER/NAME")
-    if path is not None and not path.exists():
-        raise UserError(f"dataset.path={spec['path']}: no such folder; check the path")
-    if path is not None and (not path.is_dir() or not any(path.iterdir())):
-        kind = "an empty folder" if path.is_dir() else "not a folder"
-        raise UserError(f"dataset.path={spec['path']}: {kind}; give a folder with images")
-    key = _cache_key(spec, path, seed)
-    entry = Path(cache_dir).expanduser() / key
+    source.check()
+    entry = Path(cache_dir).expanduser() / _name_entry(source, image_size, seed)
     damage = find_damage(entry) if verify and entry.is_dir() else None
     if damage:
         report(f"{WARNING}the cache {entry} is damaged ({damage}) and is built again")
     if damage or not entry.is_dir():
-        _build_cache(entry, spec, path, seed, report)
-    return _open_cache(entry)
+        _build_cache(entry, source, image_size, seed, report)
+    return _open_cache(entry, source.title)
 
 
 def find_damage(entry: Path) -> str | None:
@@ -91,25 +81,15 @@ def _digest_of(meta: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
-def _cache_key(spec: Mapping[str, Any], path: Path | None, seed: int) -> str:
-    """Hash what decides the decoded images: settings, and each file's size and age."""
-    settings = {name: spec[name] for name in sorted(spec) if name not in ("path", "mean", "std")}
-    parts = [str(CACHE_FORMAT), json.dumps(settings, default=str), str(path)]
-    if spec["test_fraction"] and not spec.get("test_split"):
-        parts.append(f"seed {seed}")
-    if path is not None:
-        for folder, folders, names in os.walk(path, followlinks=True):
-            folders.sort()
-            for name in sorted(names):
-                status = os.stat(os.path.join(folder, name))
-                parts.append(f"{folder}/{name} {status.st_size} {status.st_mtime_ns}")
-    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    return f"{(spec['name'] or 'local').replace('/', '--')}-{spec['image_size']}px-{digest}"
+def _name_entry(source: Source, image_size: int, seed: int) -> str:
+    """Name the entry by what decides the decoded images."""
+    parts = [str(CACHE_FORMAT), str(image_size), *source.fingerprint(seed)]
+    # File names may hold bytes that are no text.
+    digest = hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()[:16]
+    return f"{source.title.replace('/', '--')}-{image_size}px-{digest}"
 
 
-def _build_cache(
-    entry: Path, spec: Mapping[str, Any], path: Path | None, seed: int, report: Report
-) -> None:
+def _build_cache(entry: Path, source: Source, image_size: int, seed: int, report: Report) -> None:
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", dir=entry.parent))
@@ -118,35 +98,14 @@ def _build_cache(
             f"cache_dir={entry.parent}: can't be written ({error.strerror}); choose another"
         ) from error
     try:
-        source = _read_source(spec, path, seed, scratch / "source")
-        total = sum(split.count for split in source.splits.values())
+        built, temporary = scratch / "built", scratch / "source"
+        built.mkdir()
+        temporary.mkdir()
+        splits = _read(source, seed, temporary)
+        total = sum(split.count for split in splits.splits.values())
         if total > DECODE_BATCH * 2:
             report(f"Decoding {total:,} images, once; later runs open the cache.")
-        built = scratch / "built"
-        built.mkdir()
-        unreadable: list[str] = []
-        sizes = {}
-        for name, split in source.splits.items():
-            kept = _write_pixels(
-                built / f"{name}.pixels", split.read(), spec["image_size"], unreadable
-            )
-            if not kept:
-                raise UserError(
-                    f"dataset.path={path}: none of the {split.count} {name} images can be "
-                    f"read ({name_some(unreadable)}); check the files"
-                )
-            sizes[name] = len(kept)
-            if split.labels is not None:
-                np.save(built / f"{name}.labels.npy", split.labels[kept])
-        meta = {
-            "sizes": sizes,
-            "image_size": spec["image_size"],
-            "class_names": source.class_names,
-            "unreadable": unreadable,
-            "files": {file.name: _sync(file) for file in sorted(built.iterdir())},
-        }
-        text = json.dumps(meta | {"sha256": _digest_of(meta)})
-        write_atomically(built / "meta.json", text.encode())
+        _write_entry(built, splits, image_size, source.place)
         _put_in_place(built, entry, scratch / "damaged")
     except OSError as error:
         raise UserError(
@@ -154,6 +113,42 @@ def _build_cache(
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _read(source: Source, seed: int, temporary: Path) -> Splits:
+    try:
+        return source.read(seed, temporary)
+    except OSError as error:
+        raise UserError(f"{source.place}: can't be read ({error}); check the files") from error
+
+
+def _write_entry(built: Path, splits: Splits, image_size: int, place: str) -> None:
+    """Write decoded images, labels and their description into a folder.
+
+    Raises:
+        UserError: no image of a split can be read.
+    """
+    unreadable: list[str] = []
+    sizes = {}
+    for name, split in splits.splits.items():
+        kept = _write_pixels(built / f"{name}.pixels", split.read(), image_size, unreadable)
+        if not kept:
+            raise UserError(
+                f"{place}: none of the {split.count} {name} images can be "
+                f"read ({name_some(unreadable)}); check the files"
+            )
+        sizes[name] = len(kept)
+        if split.labels is not None:
+            np.save(built / f"{name}.labels.npy", split.labels[kept])
+    meta = {
+        "sizes": sizes,
+        "image_size": image_size,
+        "class_names": splits.class_names,
+        "unreadable": unreadable,
+        "files": {file.name: _sync(file) for file in sorted(built.iterdir())},
+    }
+    text = json.dumps(meta | {"sha256": _digest_of(meta)})
+    write_atomically(built / "meta.json", text.encode())
 
 
 def _sync(file: Path) -> str:
@@ -175,21 +170,6 @@ def _put_in_place(built: Path, entry: Path, aside: Path) -> None:
             with suppress(OSError):
                 os.rename(entry, aside)
     raise OSError(f"{entry} is in the way")
-
-
-def _read_source(spec: Mapping[str, Any], path: Path | None, seed: int, scratch: Path) -> Source:
-    kind, fraction = spec["source"], spec["test_fraction"]
-    if kind == "digits":
-        return sources.digits(fraction, seed)
-    if kind == "imagefolder":
-        return sources.image_folder(path, spec["labels"], fraction, seed)
-    if kind == "hub":
-        columns = (spec["image_column"], spec["label_column"])
-        splits = (spec["train_split"], spec["test_split"])
-        return sources.hub_dataset(
-            spec["hub_name"], path, spec["revision"], columns, splits, fraction, seed, scratch
-        )
-    raise UserError(f"dataset.source={kind}: unknown; known: digits, hub, imagefolder")
 
 
 def _write_pixels(
@@ -214,20 +194,20 @@ def name_some(names: list[str]) -> str:
     return ", ".join(names[:MAX_NAMES]) + more
 
 
-def _open_cache(entry: Path) -> ImageSet:
+def _open_cache(entry: Path, name: str) -> ImageSet:
     try:
         meta = json.loads((entry / "meta.json").read_bytes())
         side = meta["image_size"]
 
-        def images(name: str) -> Images:
-            shape = (meta["sizes"][name], 3, side, side)
-            pixels = np.memmap(entry / f"{name}.pixels", dtype=np.uint8, mode="r", shape=shape)
-            labels = entry / f"{name}.labels.npy"
+        def images(split: str) -> Images:
+            shape = (meta["sizes"][split], 3, side, side)
+            pixels = np.memmap(entry / f"{split}.pixels", dtype=np.uint8, mode="r", shape=shape)
+            labels = entry / f"{split}.labels.npy"
             return Images(pixels, np.load(labels) if labels.is_file() else None)
 
         test = images("test") if "test" in meta["sizes"] else None
-        names, unreadable = meta["class_names"], meta["unreadable"]
+        classes, unreadable = meta["class_names"], meta["unreadable"]
         content = meta["files"]["train.pixels"]
-        return ImageSet(images("train"), test, names, unreadable, entry.name, content)
+        return ImageSet(images("train"), test, classes, unreadable, entry.name, content, name)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"the cache {entry} is damaged ({error}); delete it") from error

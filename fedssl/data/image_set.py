@@ -18,11 +18,12 @@ class ImageSet:
     """A data set ready for training.
 
     Attributes:
-        train, test: test is None where the source has no labelled test images.
+        train, test: test is None where the source has no test images.
         class_names: empty without labels.
         unreadable: names of files that could not be decoded and were left out.
         key: names the cache entry; equal keys mean equal contents.
         content: SHA-256 of the training images' pixels.
+        name: of the data set, for messages.
     """
 
     train: Images
@@ -31,3 +32,10 @@ class ImageSet:
     unreadable: list[str]
     key: str
     content: str
+    name: str
+
+    @property
+    def labelled(self) -> bool:
+        """Whether an evaluation has labels to train on and labelled images to score."""
+        test_labels = self.test.labels if self.test else None
+        return self.train.labels is not None and test_labels is not None

@@ -29,6 +29,12 @@ def open_partitions(
     The partitioners take seconds and 200 MB to import, which every client
     process would pay. A damaged file is written anew.
 
+    Args:
+        spec: the `partition` section as plain values.
+
+    Returns:
+        For each client the rows of its images, int64, disjoint.
+
     Raises:
         UserError: as `partition_rows`.
     """
@@ -73,8 +79,8 @@ def partition_rows(
     """Deal the training images out to the clients by a partitioner of flwr-datasets.
 
     Args:
-        spec: the `partition` section: `_target_` and its arguments, and for the
-            pathological one `classes_per_client`.
+        spec: the `partition` section as plain values: `_target_` and its
+            arguments, and for the pathological one `classes_per_client`.
 
     Returns:
         For each client the rows of its images, int64, disjoint.

@@ -1,54 +1,75 @@
-"""Flower's strategies: made from the configuration, given what they may combine."""
+"""Flower's strategies: made from the configuration, given what they act on."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from flwr.app import ArrayRecord, MetricRecord, RecordDict
-from flwr.serverapp.strategy import FedAvg, FedAvgM
-from flwr.serverapp.strategy.fedopt import FedOpt
+import torch
+from flwr.serverapp.strategy import Strategy
 from hydra.utils import instantiate
 from torch import Tensor
 
 from fedssl.errors import UserError
-from fedssl.federation.guards import ARRAYS, METRICS, Update, restore_dtypes
-from model import SimCLR
+from fedssl.federation.guards import Update
+from fedssl.federation.strategy_state import check_savable, inner_strategies
+from fedssl.methods.base import Method
+
+ActsOn = Literal["parameters", "floats"]
 
 
-def make_strategy(spec: Mapping[str, Any]) -> FedAvg:
-    """Instantiate the strategy of the `strategy` section.
+def build_strategy(spec: Mapping[str, Any]) -> Strategy:
+    """Instantiate the strategy of the `strategy` section, and one that it wraps.
 
     It starts with whatever nodes there are; waiting for them is our own.
 
     Raises:
-        UserError: arguments that the strategy refuses.
+        UserError: arguments that the strategy refuses, or state that can't be saved.
     """
+    arguments = {name: value for name, value in spec.items() if name != "acts_on"}
     try:
-        return instantiate(spec, min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
+        strategy = instantiate(arguments)
     except Exception as error:  # Hydra wraps whatever the constructor raised
         reason = str(error.__cause__ or error).splitlines()[0]
         raise UserError(f"strategy: {spec['_target_']} refuses its arguments ({reason})") from error
+    for each in inner_strategies(strategy):
+        for least in ("min_train_nodes", "min_evaluate_nodes", "min_available_nodes"):
+            if getattr(each, least, 0) > 0:  # 0 where the strategy asks nobody
+                setattr(each, least, 1)
+    check_savable(strategy)
+    return strategy
 
 
-def combinable(strategy: FedAvg, model: SimCLR, state: Mapping[str, Tensor]) -> ArrayRecord:
-    """Keep of a state what the strategy may combine, in the model's order.
+def fraction_train(strategy: Strategy) -> float:
+    """Tell the share of the clients that a strategy asks to train, or the one that it wraps."""
+    fractions = [getattr(each, "fraction_train", None) for each in inner_strategies(strategy)]
+    return next((float(fraction) for fraction in fractions if fraction is not None), 1.0)
 
-    These are floats, and for server optimizers only parameters: an optimizer's
+
+def arrays_for_strategy(method: Method, acts_on: ActsOn) -> list[str]:
+    """Name the arrays of the shared state that a strategy acts on, in the model's order.
+
+    These are floats, or for server optimizers only parameters: an optimizer's
     step would push BatchNorm's running variance below zero; counters would
-    swamp the distances of Krum.
+    swamp the distances of Krum and the norms of clipping.
     """
-    if isinstance(strategy, FedOpt | FedAvgM):
-        names = [name for name, _ in model.named_parameters()]
-    else:
-        own = model.state_dict()
-        names = [name for name, tensor in own.items() if tensor.is_floating_point()]
-    return ArrayRecord({name: state[name] for name in names})  # strategies pair by position
+    shared = method.shared_state()
+    if acts_on == "parameters":
+        return [name for name, _ in method.named_parameters() if name in shared]
+    return [name for name, tensor in shared.items() if tensor.is_floating_point()]
 
 
 def aggregate(
-    strategy: FedAvg, round_number: int, updates: Sequence[Update], model: SimCLR
+    strategy: Strategy,
+    round_number: int,
+    updates: Sequence[Update],
+    state: Mapping[str, Tensor],
+    names: Sequence[str],
 ) -> dict[str, Tensor]:
-    """Let the strategy combine the updates; average, by samples, what it does not handle.
+    """Let the strategy combine the replies; average, by samples, what it does not act on.
+
+    Args:
+        state: of the global model.
+        names: the arrays that the strategy acts on.
 
     Returns:
         The new state of the global model, with its dtypes.
@@ -58,15 +79,10 @@ def aggregate(
     """
     weights = np.array([update.num_examples for update in updates], dtype=np.float64)
     weights /= weights.sum()
-    own = model.state_dict()
-    result = {}
-    for name in own.keys() - combinable(strategy, model, own).keys():
+    result: dict[str, np.ndarray] = {}
+    for name in state.keys() - set(names):
         stack = np.stack([update.state[name].numpy() for update in updates])
         result[name] = np.tensordot(weights, stack, axes=1)
-    for update in updates:
-        metrics = MetricRecord({"num-examples": update.num_examples})
-        kept = combinable(strategy, model, update.state)
-        update.message.content = RecordDict({ARRAYS: kept, METRICS: metrics})
     arrays, _ = strategy.aggregate_train(round_number, [update.message for update in updates])
     if arrays is None:
         raise RuntimeError(
@@ -74,4 +90,16 @@ def aggregate(
             "updates; choose another strategy or more clients"
         )
     result |= {name: array.numpy() for name, array in arrays.items()}
-    return restore_dtypes(result, own)
+    return restore_dtypes(result, state)
+
+
+def restore_dtypes(
+    arrays: Mapping[str, np.ndarray], state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Give averages the dtypes of the model's state; counters are rounded."""
+    result = {}
+    for name, value in arrays.items():
+        dtype = state[name].dtype
+        value = value if dtype.is_floating_point else np.rint(value)
+        result[name] = torch.as_tensor(value).to(dtype)
+    return result

@@ -3,20 +3,19 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedssl.federation.messages import unpack_state
+from fedssl.federation.messages import METRICS, read_state
 from fedssl.federation.nodes import Answer
+from fedssl.runs.metrics import ClientMetrics, Failure
 
-ARRAYS, METRICS = "arrays", "metrics"
-HEALTH = ("alignment", "uniformity", "effective-rank")
+REPRESENTATION = ("alignment", "uniformity", "effective-rank")
 TRAINED = ("num-examples", "train-loss", "images", "images-per-second")
-EVALUATED = ("num-examples", "eval-loss", *HEALTH)
+EVALUATED = ("num-examples", "eval-loss", *REPRESENTATION)
 MAX_EXAMPLES = 2**40  # more images than any client holds
 
 
@@ -27,8 +26,8 @@ class Update:
     Attributes:
         num_examples: images that it trained or evaluated on.
         state: of its model; empty where an evaluation was asked for.
-        step: Euclidean length of the way from the global parameters to its own.
-        cosine: between its step and the sum of the others' steps.
+        update_norm: Euclidean length of the way from the global parameters to its own.
+        cosine: between its update and the sum of the others' updates.
     """
 
     partition: int
@@ -36,15 +35,15 @@ class Update:
     metrics: Mapping[str, float]
     state: Mapping[str, Tensor]
     message: Message
-    step: float = 0.0
+    update_norm: float = 0.0
     cosine: float | None = None
 
 
-def check_answers(
+def validate_replies(
     answers: Iterable[Answer],
     partition_of: Mapping[int, int],
     expected: Mapping[str, Tensor] | None,
-) -> tuple[list[Update], list[dict[str, Any]]]:
+) -> tuple[list[Update], list[Failure]]:
     """Separate usable replies from failures, both in the order of the answers.
 
     Args:
@@ -52,9 +51,10 @@ def check_answers(
             have its names, shapes and dtypes, and finite values.
 
     Returns:
-        The updates, and for each failure its partition and the reason.
+        The updates and the failures.
     """
-    updates, failures = [], []
+    updates: list[Update] = []
+    failures: list[Failure] = []
     for answer in answers:
         partition = partition_of[answer.node]
         try:
@@ -63,7 +63,7 @@ def check_answers(
             updates.append(read_update(partition, answer.reply, expected))
         except ValueError as error:
             reason = str(error).removeprefix(f"partition {partition}: ")
-            failures.append({"partition": partition, "reason": reason})
+            failures.append(Failure(partition, reason))
     return updates, failures
 
 
@@ -80,10 +80,7 @@ def read_update(partition: int, reply: Message, expected: Mapping[str, Tensor] |
         raise ValueError(f"num-examples is {num_examples:g}")
     state: Mapping[str, Tensor] = {}
     if expected is not None:
-        arrays = reply.content.get(ARRAYS)
-        if not isinstance(arrays, ArrayRecord):
-            raise ValueError("the reply holds no arrays")
-        state = unpack_state(arrays)
+        state = read_state(reply.content)
         check_state(state, expected)
     return Update(partition, int(num_examples), metrics, state, reply)
 
@@ -132,24 +129,24 @@ def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
             raise ValueError(f"array {name!r} holds negative variances")
 
 
-def check_steps(
+def reject_outliers(
     updates: Sequence[Update], state: Mapping[str, Tensor], names: Sequence[str], max_ratio: float
-) -> tuple[list[Update], list[dict[str, Any]]]:
+) -> tuple[list[Update], list[Failure]]:
     """Leave out updates that lie absurdly far from the global model.
 
-    An update's step is the Euclidean length of its way from the global
-    parameters. It may be at most `max_ratio` times the length of the parameters
+    The norm of an update is the Euclidean length of its way from the global
+    parameters. It may be at most `max_ratio` times the norm of the parameters
     themselves and, among three updates or more, `max_ratio` times the median;
     the latter holds for BatchNorm's statistics, too.
 
     Args:
         state: of the global model.
         names: of its parameters.
-        max_ratio: 0 accepts any step.
+        max_ratio: 0 accepts any norm.
 
     Returns:
-        The updates, each with its step and the cosine of the angle between its
-        step and the sum of the others', and the failures.
+        The updates, each with its norm and the cosine of the angle between it
+        and the sum of the others, and the failures.
     """
     weights = {name: state[name].cpu() for name in names}
     statistics = {
@@ -157,27 +154,28 @@ def check_steps(
         for name, tensor in state.items()
         if tensor.is_floating_point() and name not in weights
     }
-    steps, limit = _measure_steps(updates, weights)
-    shifts, shift_limit = _measure_steps(updates, statistics)
+    norms, limit = _measure_norms(updates, weights)
+    shifts, shift_limit = _measure_norms(updates, statistics)
     limit = min(limit, math.hypot(*(float(tensor.norm()) for tensor in weights.values())))
-    kept, failures = [], []
-    for update, step, shift in zip(updates, steps, shifts, strict=True):
-        for what, length, usual in (("weights", step, limit), ("statistics", shift, shift_limit)):
+    kept: list[Update] = []
+    failures: list[Failure] = []
+    for update, norm, shift in zip(updates, norms, shifts, strict=True):
+        for what, length, usual in (("weights", norm, limit), ("statistics", shift, shift_limit)):
             if max_ratio and length > max_ratio * usual:
                 reason = f"its {what} moved by {length:.3g}, over {max_ratio:g} times {usual:.3g}"
-                failures.append({"partition": update.partition, "reason": reason})
+                failures.append(Failure(update.partition, reason))
                 break
         else:
-            kept.append(replace(update, step=step))
-    cosines = _compare_steps(kept, weights)
+            kept.append(replace(update, update_norm=norm))
+    cosines = _compare_directions(kept, weights)
     measured = zip(kept, cosines, strict=True)
     return [replace(update, cosine=cosine) for update, cosine in measured], failures
 
 
-def _measure_steps(
+def _measure_norms(
     updates: Sequence[Update], start: Mapping[str, Tensor]
 ) -> tuple[list[float], float]:
-    """Give the lengths of all steps, and their median, infinite of fewer than three."""
+    """Give the norms of all updates, and their median, infinite of fewer than three."""
     lengths = [
         math.hypot(*(float((update.state[name] - start[name]).norm()) for name in start))
         for update in updates
@@ -185,37 +183,27 @@ def _measure_steps(
     return lengths, float(np.median(lengths)) if len(lengths) > 2 else math.inf
 
 
-def _compare_steps(updates: Sequence[Update], start: Mapping[str, Tensor]) -> list[float | None]:
-    """Give the cosine between each step and the sum of the others; None where one is nothing."""
-    onto_sum = np.zeros(len(updates))  # products of each step with the sum of all
+def _compare_directions(
+    updates: Sequence[Update], start: Mapping[str, Tensor]
+) -> list[float | None]:
+    """Give the cosine between each update and the sum of the others; None where one is nothing."""
+    onto_sum = np.zeros(len(updates))  # products of each update with the sum of all
     sum_squared = 0.0
     for name, tensor in start.items():
-        steps = [(update.state[name] - tensor).flatten() for update in updates]
-        total = sum(steps, torch.zeros(tensor.numel()))
-        onto_sum += [float(step @ total) for step in steps]
+        ways = [(update.state[name] - tensor).flatten() for update in updates]
+        total = sum(ways, torch.zeros(tensor.numel()))
+        onto_sum += [float(way @ total) for way in ways]
         sum_squared += float(total @ total)
     cosines: list[float | None] = []
     for update, product in zip(updates, onto_sum, strict=True):
-        squared = update.step**2
+        squared = update.update_norm**2
         others = math.sqrt(max(0.0, sum_squared - 2 * product + squared))
-        scale = update.step * others
+        scale = update.update_norm * others
         cosines.append((product - squared) / scale if scale > 0 else None)
     return cosines
 
 
-def restore_dtypes(
-    arrays: Mapping[str, np.ndarray], state: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Give averages the dtypes of the model's state; counters are rounded."""
-    result = {}
-    for name, value in arrays.items():
-        dtype = state[name].dtype
-        value = value if dtype.is_floating_point else np.rint(value)
-        result[name] = torch.as_tensor(value).to(dtype)
-    return result
-
-
-def weighted_mean(updates: list[Update], key: str) -> float | None:
+def weighted_mean(updates: Sequence[Update], key: str) -> float | None:
     """Average a metric over clients, weighted by their samples; None without clients."""
     if not updates:
         return None
@@ -223,20 +211,23 @@ def weighted_mean(updates: list[Update], key: str) -> float | None:
     return float(np.average([update.metrics[key] for update in updates], weights=weights))
 
 
-def client_rows(updates: list[Update], evaluations: list[Update]) -> list[dict[str, Any]]:
-    """List each client's losses and pace for the metrics line."""
-    rows: dict[int, dict[str, Any]] = {}
-    for update in updates:
-        rows[update.partition] = {
-            "partition": update.partition,
-            "num_examples": update.num_examples,
-            "train_loss": update.metrics["train-loss"],
-            "step": update.step,
-            "cosine": update.cosine,
-            "images": int(update.metrics["images"]),
-            "images_per_second": update.metrics["images-per-second"],
-        }
+def client_metrics(
+    updates: Sequence[Update], evaluations: Sequence[Update]
+) -> tuple[ClientMetrics, ...]:
+    """List each client's losses and pace, by partition."""
+    found = {
+        update.partition: ClientMetrics(
+            partition=update.partition,
+            num_examples=update.num_examples,
+            train_loss=update.metrics["train-loss"],
+            update_norm=update.update_norm,
+            cosine=update.cosine,
+            images=int(update.metrics["images"]),
+            images_per_second=update.metrics["images-per-second"],
+        )
+        for update in updates
+    }
     for update in evaluations:
-        row = rows.setdefault(update.partition, {"partition": update.partition})
-        row["eval_loss"] = update.metrics["eval-loss"]
-    return [rows[partition] for partition in sorted(rows)]
+        client = found.get(update.partition, ClientMetrics(update.partition))
+        found[update.partition] = replace(client, eval_loss=update.metrics["eval-loss"])
+    return tuple(found[partition] for partition in sorted(found))

@@ -1,38 +1,118 @@
-"""A model's weights as they travel: one Flower array, so that few requests carry them.
+"""What messages carry, and how their arrays travel: packed into one, for few requests.
 
-Flower sends every array as objects of its own, each with its own requests; on
-a slow network their number costs more than their bytes (see benchmarks/wire.py).
+Flower sends every array as objects of its own, each with its own requests; on a slow
+network their number costs more than their bytes (benchmarks/performance/wire.py). Packing
+happens between the grid and the rest of the server, and at the door of the client, so
+that strategies, guards and Flower's mods see plain arrays.
+
+A message carries in `arrays` what the strategy acts on, and in the entry `buffers` of a
+config record the rest of the model's state, such as BatchNorm's counters, which neither
+a server optimizer nor a clipping mod may touch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp.typing import ClientAppCallable
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"  # records of a message
+BUFFERS = "buffers"  # an entry of the config record, and the config record of a reply
 PACKED = "safetensors"
 
 
-def pack_state(state: Mapping[str, Tensor]) -> ArrayRecord:
-    """Put all tensors, with names, shapes and dtypes, into one array of bytes."""
-    data = save({name: tensor.contiguous() for name, tensor in state.items()})
+def pack_tensors(state: Mapping[str, Tensor]) -> bytes:
+    """Write tensors with their names, order, shapes and dtypes as bytes."""
+    ordered = {f"{place:05d} {name}": value for place, (name, value) in enumerate(state.items())}
+    return save({name: value.contiguous() for name, value in ordered.items()})
+
+
+def unpack_tensors(data: bytes) -> dict[str, Tensor]:
+    """Read what `pack_tensors` wrote; nothing is unpickled.
+
+    Raises:
+        ValueError: the bytes are something else.
+    """
+    try:
+        found = load(data)
+    except (SafetensorError, TypeError, ValueError, EOFError) as error:
+        raise ValueError(f"{PACKED!r} can't be read ({error})") from error
+    return {name.partition(" ")[2]: found[name] for name in sorted(found)}
+
+
+def pack_arrays(arrays: ArrayRecord) -> ArrayRecord:
+    """Put all arrays of a record, with names, order, shapes and dtypes, into one of bytes."""
+    data = pack_tensors(arrays.to_torch_state_dict())
     return ArrayRecord({PACKED: Array(np.frombuffer(data, dtype=np.uint8))})
 
 
-def unpack_state(arrays: ArrayRecord) -> dict[str, Tensor]:
-    """Take the tensors out again.
+def is_packed(arrays: ArrayRecord) -> bool:
+    """Tell whether a record has the form that `pack_arrays` gives."""
+    return list(arrays) == [PACKED]
+
+
+def unpack_arrays(arrays: ArrayRecord) -> ArrayRecord:
+    """Take the arrays out again.
 
     Raises:
         ValueError: the record holds something else.
     """
-    if list(arrays) != [PACKED]:
+    if not is_packed(arrays):
         raise ValueError(f"arrays {sorted(arrays)[:3]} instead of {PACKED!r}")
     try:
         data = arrays[PACKED].numpy()  # refuses pickled objects
-        if data.dtype == np.uint8 and data.ndim == 1:
-            return load(data.tobytes())
-    except (SafetensorError, TypeError, ValueError, EOFError) as error:
+    except (TypeError, ValueError, EOFError) as error:
         raise ValueError(f"{PACKED!r} can't be read ({error})") from error
-    raise ValueError(f"{PACKED!r} holds {data.dtype} {data.shape}, not bytes")
+    if data.dtype != np.uint8 or data.ndim != 1:
+        raise ValueError(f"{PACKED!r} holds {data.dtype} {data.shape}, not bytes")
+    return ArrayRecord(unpack_tensors(data.tobytes()))
+
+
+def split_state(
+    state: Mapping[str, Tensor], names: Sequence[str]
+) -> tuple[ArrayRecord, dict[str, Tensor]]:
+    """Split a state into the arrays that the strategy acts on, in their order, and the rest."""
+    rest = {name: value for name, value in state.items() if name not in set(names)}
+    return ArrayRecord({name: state[name] for name in names}), rest
+
+
+def write_state(state: Mapping[str, Tensor], names: Sequence[str]) -> RecordDict:
+    """Put a model's state into the records of a reply.
+
+    Args:
+        names: the arrays of the request, which the reply must have too.
+    """
+    arrays, buffers = split_state(state, names)
+    return RecordDict({ARRAYS: arrays, BUFFERS: ConfigRecord({BUFFERS: pack_tensors(buffers)})})
+
+
+def read_state(content: RecordDict) -> dict[str, Tensor]:
+    """Read a model's state out of a message or a reply.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    arrays = content.get(ARRAYS)
+    if not isinstance(arrays, ArrayRecord):
+        raise ValueError("the message holds no arrays")
+    buffers = [record[BUFFERS] for record in content.config_records.values() if BUFFERS in record]
+    if len(buffers) != 1 or not isinstance(buffers[0], bytes):
+        raise ValueError(f"the message holds {len(buffers)} entries of buffers")
+    try:
+        state = dict(arrays.to_torch_state_dict())
+    except (TypeError, ValueError, EOFError) as error:
+        raise ValueError(f"arrays can't be read ({error})") from error
+    return state | unpack_tensors(buffers[0])
+
+
+def packed_transport(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Unpack a message at the client's door, and pack its reply: the outermost of Flower's mods."""
+    if ARRAYS in message.content:
+        message.content[ARRAYS] = unpack_arrays(message.content.array_records[ARRAYS])
+    reply = call_next(message, context)
+    if reply.has_content() and ARRAYS in reply.content:
+        reply.content[ARRAYS] = pack_arrays(reply.content.array_records[ARRAYS])
+    return reply

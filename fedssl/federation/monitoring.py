@@ -1,20 +1,20 @@
 """What looks like a collapse of the representation or a drifting client."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from statistics import median_low
 
-import torch
+from fedssl.runs.metrics import ClientMetrics, RoundMetrics
 
 COLLAPSED_UNIFORMITY = -0.1  # 0: all in one point; 32 held-out digits give -1 to -3
 COLLAPSED_RANK = 2.0  # 1: all on one line
-DRIFTING_STEP = 3.0  # times the clients' median
+DRIFTING_NORM = 3.0  # times the clients' median
 DRIFTING_COSINE = -0.2  # below: against what the others learned; 0 is no relation
 
 
-def find_warnings(row: Mapping[str, Any]) -> list[str]:
-    """Say of a round's metrics line what looks like a collapse or a drifting client."""
+def find_warnings(metrics: RoundMetrics) -> list[str]:
+    """Say of a round's numbers what looks like a collapse or a drifting client."""
     found = []
-    uniformity, rank = row["uniformity"], row["effective_rank"]
+    uniformity, rank = metrics.uniformity, metrics.effective_rank
     if uniformity is not None and uniformity > COLLAPSED_UNIFORMITY:
         found.append(
             f"the representation has collapsed to a point (uniformity {uniformity:.3f}); "
@@ -25,19 +25,22 @@ def find_warnings(row: Mapping[str, Any]) -> list[str]:
             f"the representation has collapsed to a line (effective rank {rank:.2f}); lower "
             "the learning rate or raise train.batch_size"
         )
-    return found + _find_drift([c for c in row["clients"] if "step" in c])
+    return found + _find_drift(metrics.clients)
 
 
-def _find_drift(clients: Sequence[Mapping[str, Any]]) -> list[str]:
-    if len(clients) < 3:  # of two, nobody knows which one drifts
+def _find_drift(clients: Sequence[ClientMetrics]) -> list[str]:
+    norms = {c.partition: c.update_norm for c in clients if c.update_norm is not None}
+    if len(norms) < 3:  # of two, nobody knows which one drifts
         return []
     found = []
-    steps = torch.tensor([client["step"] for client in clients])
-    for client, step in zip(clients, steps, strict=True):
-        name, cosine = f"client {client['partition']} drifts away", client["cosine"]
-        times = float(step / steps.median()) if steps.median() > 0 else 0.0
-        if times > DRIFTING_STEP:
-            found.append(f"{name}: its step is {times:.1f} times as long as usual this round")
+    usual = median_low(norms.values())
+    for client in clients:
+        norm, cosine = norms.get(client.partition), client.cosine
+        name = f"client {client.partition} drifts away"
+        if norm is None:
+            continue
+        if norm > DRIFTING_NORM * usual > 0:
+            found.append(f"{name}: its update norm is {norm / usual:.1f} times the round's median")
         elif cosine is not None and cosine < DRIFTING_COSINE:
             found.append(f"{name}: it moves against the others (cosine {cosine:.2f})")
     return found

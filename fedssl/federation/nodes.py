@@ -5,12 +5,12 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from threading import Event
 
-from flwr.app import Error, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, Error, Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
-from omegaconf import DictConfig
 
-METRICS = "metrics"
+from fedssl.federation.messages import ARRAYS, METRICS, is_packed, pack_arrays, unpack_arrays
+
 ABSENCES = (
     ErrorCode.MESSAGE_UNAVAILABLE,
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
@@ -22,11 +22,28 @@ REPORT_EVERY_S = 15.0
 RESTART_S = 2.0
 DIED = "its process died, killed or for want of memory"
 
-Heard = Callable[[Collection[Message]], None]
+OnReplies = Callable[[Collection[Message]], None]
 
 
-def ignore(anything: object) -> None:
+def no_op(anything: object) -> None:
     """Do nothing with what one is told."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How many clients a round needs, and how long it waits for them.
+
+    Attributes:
+        min_nodes: how many must be connected before a round starts.
+        wait_s: how long to wait for them.
+        timeout_s: how long to wait for replies.
+        participants: partitions that are asked; empty for all.
+    """
+
+    min_nodes: int
+    wait_s: float
+    timeout_s: float
+    participants: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -53,76 +70,47 @@ class Nodes:
     def __init__(
         self,
         grid: Grid,
-        min_nodes: int,
-        wait_s: float,
-        timeout_s: float,
-        report: Callable[[str], None] = ignore,
+        patience: Patience,
+        report: Callable[[str], None] = no_op,
         stop: Event | None = None,
-        participants: Collection[int] = (),
     ) -> None:
-        """Remember how patient to be.
+        """Start without having met any.
 
         Args:
-            min_nodes: how many must be connected before a round starts.
-            wait_s: how long to wait for them.
-            timeout_s: how long to wait for replies.
             report: told, in a line, of waiting and of nodes that come and go.
             stop: set by another thread to end all waiting.
-            participants: partitions that are asked; empty for all.
         """
-        self.participants = frozenset(participants)
+        self.grid, self.patience, self.report = grid, patience, report
         self.stop = stop or Event()
-        self.grid, self.min_nodes, self.report = grid, min_nodes, report
-        self.wait_s, self.timeout_s = wait_s, timeout_s
         self.partition_of: dict[int, int] = {}
         self._present: list[int] = []
 
-    @classmethod
-    def of(
-        cls,
-        grid: Grid,
-        config: DictConfig,
-        report: Callable[[str], None] = ignore,
-        stop: Event | None = None,
-    ) -> "Nodes":
-        """Be as patient as the configuration says; min_nodes=null means all clients."""
-        min_nodes = config.min_nodes or config.num_clients
-        return cls(
-            grid,
-            min_nodes,
-            config.node_wait_s,
-            config.round_timeout_s,
-            report,
-            stop,
-            config.participants,
-        )
-
     def get_node_ids(self) -> list[int]:
         """List the nodes that take part in the current round and are not lost, by partition."""
-        chosen = self.participants or set(self.partition_of.values())
+        chosen = self.patience.participants or set(self.partition_of.values())
         return [node for node in self._present if self.partition_of[node] in chosen]
 
-    def gather(self) -> None:
+    def wait_for_clients(self) -> None:
         """Wait for the nodes of a new round and learn which partition each holds.
 
         Raises:
             RuntimeError: too few in time, two with the same partition, or one
                 that can't take part.
         """
-        deadline = time.monotonic() + self.wait_s
+        deadline = time.monotonic() + self.patience.wait_s
         next_report = time.monotonic() + POLL_S
         while True:
             connected = list(self.grid.get_node_ids())
-            if len(connected) >= self.min_nodes:
-                self._greet([node for node in connected if node not in self.partition_of])
+            if len(connected) >= self.patience.min_nodes:
+                self._register([node for node in connected if node not in self.partition_of])
                 self._present = self._one_per_partition(connected)
-                if len(self._present) >= self.min_nodes:
+                if len(self._present) >= self.patience.min_nodes:
                     return
             now = time.monotonic()
-            have = f"{len(connected)} of {self.min_nodes} nodes are connected"
+            have = f"{len(connected)} of {self.patience.min_nodes} nodes are connected"
             if now >= deadline:
                 raise RuntimeError(
-                    f"{have} after waiting {self.wait_s:g} s; start the others, or change "
+                    f"{have} after waiting {self.patience.wait_s:g} s; start the others, or change "
                     "min_nodes or node_wait_s"
                 )
             if now >= next_report:
@@ -130,7 +118,7 @@ class Nodes:
                 next_report = now + REPORT_EVERY_S
             self._pause(POLL_S if connected else 0.1)
 
-    def _greet(self, strangers: list[int]) -> None:
+    def _register(self, strangers: list[int]) -> None:
         """Ask new nodes which partition they hold; they check their images meanwhile."""
         if not strangers:
             return
@@ -159,7 +147,9 @@ class Nodes:
         }
         return [newest[partition] for partition in sorted(newest)]
 
-    def ask(self, messages: Iterable[Message], heard: Heard = ignore) -> list[Answer]:
+    def send_and_receive(
+        self, messages: Iterable[Message], on_replies: OnReplies = no_op
+    ) -> list[Answer]:
         """Send messages and wait for the replies, in the order of the partitions.
 
         A client whose process died is asked once more: it may have been another's
@@ -167,10 +157,10 @@ class Nodes:
         further part in the round.
 
         Args:
-            heard: told of all replies so far, at the start and whenever one comes in.
+            on_replies: told of all replies so far, at the start and whenever one comes in.
         """
         messages = list(messages)
-        answers = self._exchange(messages, heard)
+        answers = self._exchange(messages, on_replies)
         died = [place for place, answer in enumerate(answers) if answer.failure == DIED]
         if died:
             self._pause(RESTART_S)
@@ -181,35 +171,37 @@ class Nodes:
         self._present = [node for node in self._present if node not in gone]
         return sorted(answers, key=lambda answer: self.partition_of[answer.node])
 
-    def _exchange(self, messages: list[Message], heard: Heard = ignore) -> list[Answer]:
-        replies = self._send_and_receive(messages, heard)
+    def _exchange(self, messages: list[Message], on_replies: OnReplies = no_op) -> list[Answer]:
+        replies = self._deliver(messages, on_replies)
         answers = []
         for message in messages:
             node = message.metadata.dst_node_id
             reply = replies.get(message.metadata.message_id)
             if reply is None:
-                late = f"no reply within {self.timeout_s:g} s"
+                late = f"no reply within {self.patience.timeout_s:g} s"
                 answers.append(Answer(node, None, late, absent=True))
             elif reply.has_error():
                 absent = reply.error.code in ABSENCES
                 answers.append(Answer(node, None, explain(reply.error), absent))
             else:
-                answers.append(Answer(node, reply))
+                answers.append(_unpack(node, reply))
         return answers
 
-    def _send_and_receive(self, messages: list[Message], heard: Heard) -> dict[str, Message]:
+    def _deliver(self, messages: list[Message], on_replies: OnReplies) -> dict[str, Message]:
         """Send messages and collect replies by the ids of the messages.
 
         The grid's own method waits three seconds between two looks when it goes over HTTP.
         """
-        waiting = {message_id for message_id in self.grid.push_messages(messages) if message_id}
+        waiting = {
+            message_id for message_id in self.grid.push_messages(_pack(messages)) if message_id
+        }
         replies: dict[str, Message] = {}
-        deadline = time.monotonic() + self.timeout_s
-        heard(replies.values())
+        deadline = time.monotonic() + self.patience.timeout_s
+        on_replies(replies.values())
         while waiting and time.monotonic() < deadline:
             for reply in self.grid.pull_messages(waiting):
                 replies[reply.metadata.reply_to_message_id] = reply
-                heard(replies.values())
+                on_replies(replies.values())
             waiting -= replies.keys()
             if waiting:
                 self._pause(REPLY_POLL_S)
@@ -223,6 +215,30 @@ class Nodes:
         """
         if self.stop.wait(seconds):
             raise RuntimeError("stopped while waiting for clients")
+
+
+def _pack(messages: Iterable[Message]) -> list[Message]:
+    """Pack the arrays of messages for the way; those that share a record are packed once."""
+    packed: dict[int, ArrayRecord] = {}
+    messages = list(messages)
+    for message in messages:
+        arrays = message.content.get(ARRAYS)
+        if not isinstance(arrays, ArrayRecord) or is_packed(arrays):  # sent before
+            continue
+        if id(arrays) not in packed:
+            packed[id(arrays)] = pack_arrays(arrays)
+        message.content = RecordDict({**message.content, ARRAYS: packed[id(arrays)]})
+    return messages
+
+
+def _unpack(node: int, reply: Message) -> Answer:
+    """Take the arrays of a reply out of their packing, or say why that can't be done."""
+    if isinstance(arrays := reply.content.get(ARRAYS), ArrayRecord):
+        try:
+            reply.content[ARRAYS] = unpack_arrays(arrays)
+        except ValueError as error:
+            return Answer(node, None, str(error))
+    return Answer(node, reply)
 
 
 def _repeat(message: Message) -> Message:

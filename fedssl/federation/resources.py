@@ -41,6 +41,12 @@ class ClientResources:
     total_gpus: int
     at_a_time: int
 
+    def __str__(self) -> str:
+        clients = f"{self.at_a_time} client{'s' if self.at_a_time > 1 else ''}"
+        cores = f"{self.num_cpus} CPU core{'s' if self.num_cpus > 1 else ''}"
+        share = f" and {self.num_gpus:g} GPU" if self.num_gpus else ""
+        return f"{clients} at a time, each on {cores}{share}"
+
 
 def find_machines(ray_address: str | None) -> list[Machine]:
     """List this machine, or those of a running Ray cluster, which is joined.

@@ -1,47 +1,67 @@
-"""The server: rounds of a Flower strategy, checkpoints, the kNN per round."""
+"""The rounds of a federation: ask clients, check their replies, combine them, keep the result."""
 
 import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Protocol
 
-import numpy as np
 from flwr.app import ConfigRecord, Message, MessageType
-from omegaconf import DictConfig
-from torch.utils.tensorboard import SummaryWriter
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
 
-from fedssl.compute import choose_device, choose_dtype
 from fedssl.data.cache import name_some
-from fedssl.data.image_set import ImageSet
-from fedssl.evaluation.features import extract_features
-from fedssl.evaluation.knn import knn_accuracy
-from fedssl.federation.aggregation import aggregate, combinable, make_strategy
+from fedssl.federation.aggregation import ActsOn, aggregate, arrays_for_strategy
 from fedssl.federation.guards import (
-    ARRAYS,
-    HEALTH,
+    REPRESENTATION,
     Update,
-    check_answers,
-    check_steps,
-    client_rows,
+    client_metrics,
     count_images,
+    reject_outliers,
+    validate_replies,
     weighted_mean,
 )
-from fedssl.federation.messages import pack_state
+from fedssl.federation.messages import BUFFERS, CONFIG, pack_tensors, split_state
 from fedssl.federation.monitoring import find_warnings
-from fedssl.federation.nodes import Heard, Nodes, ignore
-from fedssl.federation.strategy_state import remember, restore
+from fedssl.federation.nodes import Nodes, OnReplies, no_op
+from fedssl.federation.strategy_state import load_strategy_state_dict, strategy_state_dict
+from fedssl.methods.base import Method
+from fedssl.networks.encoder import Encoder
 from fedssl.networks.state import load_state
-from fedssl.reporting.tensorboard import scalars
 from fedssl.runs.checkpoints import Checkpoint, save_checkpoint
 from fedssl.runs.directory import RunDirectory
+from fedssl.runs.metrics import Failure, Progress, RoundMetrics
 from fedssl.seeding import derive_seed
-from fedssl.training.schedule import encode_size
-from utils import build_model
 
-OnRound = Callable[[Mapping[str, Any]], None]
-# Told while clients are waited for: the phase ("train" or "evaluate"), how many clients
-# have answered and were asked, and the images per second of training, None before the first.
-OnAnswer = Callable[[Mapping[str, Any]], None]
+OnRound = Callable[[RoundMetrics], None]
+ProgressCallback = Callable[[Progress], None]
+
+
+class Monitor(Protocol):
+    """What measures the encoder after every round, on the server."""
+
+    def accuracy(self, encoder: Encoder, round_number: int) -> float:
+        """Give the top-1 accuracy, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class RoundSettings:
+    """How rounds are run.
+
+    Attributes:
+        min_results: clients that must come back from a round.
+        max_update_ratio: see `reject_outliers`.
+        keep_checkpoints: so many of the newest stay.
+        images: names the content of the images that are trained on, if the server
+            has them.
+    """
+
+    seed: int
+    num_rounds: int
+    min_results: int
+    max_update_ratio: float
+    keep_checkpoints: int
+    images: str | None = None
 
 
 class Federation:
@@ -50,167 +70,148 @@ class Federation:
     def __init__(
         self,
         nodes: Nodes,
-        config: DictConfig,
+        method: Method,
+        strategy: Strategy,
+        acts_on: ActsOn,
+        settings: RoundSettings,
         run: RunDirectory,
-        image_set: ImageSet | None,
-        on_round: OnRound,
+        monitor: Monitor | None = None,
         checkpoint: Checkpoint | None = None,
-        on_answer: OnAnswer = ignore,
     ) -> None:
-        """Build the global model and the strategy, or put them back to a checkpoint.
+        """Start with a model and a strategy, or put both back to a checkpoint.
 
         Args:
-            image_set: for the kNN accuracy per round; None, or a set without
-                labels, leaves it out.
-            on_round: called with the metrics line of every finished round.
+            acts_on: see `arrays_for_strategy`.
+            monitor: None leaves the kNN accuracy out.
             checkpoint: of the last round that was done.
-            on_answer: called with the standing of a round as clients answer.
         """
-        self.nodes, self.config, self.run = nodes, config, run
-        self.on_round, self.on_answer = on_round, on_answer
-        self.image_set = image_set
-        self.images = image_set.content if image_set else None
-        self.device = choose_device()
-        self.model = build_model(config.model, config.dataset, config.seed, self.device)
-        self.strategy = make_strategy(config.strategy)
+        self.nodes, self.method, self.strategy = nodes, method, strategy
+        self.settings, self.run, self.monitor = settings, run, monitor
+        self.names = arrays_for_strategy(method, acts_on)
         self.done = 0
         if checkpoint:
-            load_state(self.model, checkpoint.state)
-            restore(self.strategy, checkpoint.server)
+            load_state(self.method, checkpoint.state)
+            load_strategy_state_dict(self.strategy, checkpoint.strategy)
             self.done = checkpoint.round
 
-    def train(self) -> None:
-        """Run the rounds that are left; leave checkpoints, metrics, events and the encoder.
+    def train(self, on_round: OnRound, on_progress: ProgressCallback = no_op) -> None:
+        """Run the rounds that are left; leave checkpoints and metrics.
+
+        Args:
+            on_round: called with the metrics of every finished round.
+            on_progress: called as clients answer.
 
         Raises:
             RuntimeError: too few clients, or files can't be written.
         """
         try:
-            with SummaryWriter(str(self.run.path), purge_step=self.done + 1) as events:
-                for round_number in range(self.done + 1, self.config.num_rounds + 1):
-                    row = self._round(round_number)
-                    self._keep(row)
-                    for tag, value in scalars(row).items():
-                        events.add_scalar(tag, value, round_number)
-                    events.flush()
-                    self.on_round(row)
-            size = self._encode_size(self.config.num_rounds)
-            dataset = {**self.config.dataset, "image_size": size}
-            self.run.save_encoder(self.model, dataset, self.done)
+            for round_number in range(self.done + 1, self.settings.num_rounds + 1):
+                metrics = self._round(round_number, on_progress)
+                self._keep(metrics)
+                on_round(metrics)
         except OSError as error:
             raise RuntimeError(f"can't write to {self.run.path}: {error.strerror}") from error
 
-    def _keep(self, row: Mapping[str, Any]) -> None:
+    def _keep(self, metrics: RoundMetrics) -> None:
         """Write a round's checkpoint, then its metrics line."""
-        state, memory = self.model.state_dict(), remember(self.strategy)
-        checkpoint = Checkpoint(row["round"], state, memory, row, self.images)
-        save_checkpoint(self.run.checkpoints, checkpoint, self.config.keep_checkpoints)
-        self.run.append_metrics(row)
-        self.done = row["round"]
+        try:
+            strategy = strategy_state_dict(self.strategy)
+        except TypeError as error:
+            raise RuntimeError(f"round {metrics.round}: {error}") from error
+        state, images = self.method.state_dict(), self.settings.images
+        checkpoint = Checkpoint(metrics.round, state, strategy, metrics, images)
+        save_checkpoint(self.run.checkpoints, checkpoint, self.settings.keep_checkpoints)
+        self.run.append_metrics(metrics)
+        self.done = metrics.round
 
-    def _round(self, round_number: int) -> dict[str, Any]:
-        self.nodes.gather()
+    def _round(self, round_number: int, on_progress: ProgressCallback) -> RoundMetrics:
+        self.nodes.wait_for_clients()
         began = time.perf_counter()
-        updates, failures = self._ask(round_number, MessageType.TRAIN)
-        updates, far = self._check_steps(updates)
+        updates, failures = self._train(round_number, on_progress)
+        trained = time.perf_counter()
+        evaluations, absent = self._ask(round_number, MessageType.EVALUATE, on_progress)
+        self.strategy.aggregate_evaluate(round_number, [each.message for each in evaluations])
+        evaluated = time.perf_counter()
+        encoder, monitor = self.method.encoder, self.monitor
+        knn = monitor.accuracy(encoder, round_number) if monitor else None
+        ended = time.perf_counter()
+        means = {name: weighted_mean(evaluations, name) for name in REPRESENTATION}
+        metrics = RoundMetrics(
+            round=round_number,
+            train_loss=weighted_mean(updates, "train-loss"),
+            eval_loss=weighted_mean(evaluations, "eval-loss"),
+            knn=knn,
+            **{name.replace("-", "_"): value for name, value in means.items()},
+            seconds=round(ended - began, 3),
+            seconds_train=round(trained - began, 3),
+            seconds_evaluate=round(evaluated - trained, 3),
+            seconds_knn=round(ended - evaluated, 3),
+            images_per_second=sum(u.metrics["images"] for u in updates) / (trained - began),
+            bytes_moved=self._shared_bytes() * (2 * len(updates) + len(evaluations)),
+            clients=client_metrics(updates, evaluations),
+            failures=tuple(failures + absent),
+        )
+        return replace(metrics, warnings=tuple(find_warnings(metrics)))
+
+    def _train(
+        self, round_number: int, on_progress: ProgressCallback
+    ) -> tuple[list[Update], list[Failure]]:
+        """Train the sampled clients; the global model becomes what their updates give."""
+        updates, failures = self._ask(round_number, MessageType.TRAIN, on_progress)
+        state = self.method.shared_state()
+        parameters = [name for name, _ in self.method.named_parameters() if name in state]
+        updates, far = reject_outliers(updates, state, parameters, self.settings.max_update_ratio)
         failures += far
         self._require(round_number, updates, failures)
-        state = aggregate(self.strategy, round_number, updates, self.model)
-        load_state(self.model, state)
-        trained = time.perf_counter()
-        evaluations, eval_failures = self._ask(round_number, MessageType.EVALUATE)
-        evaluated = time.perf_counter()
-        knn = self._knn(round_number)
-        ended = time.perf_counter()
-        row = {
-            "round": round_number,
-            "train_loss": weighted_mean(updates, "train-loss"),
-            "eval_loss": weighted_mean(evaluations, "eval-loss"),
-            "knn": knn,
-            **{name.replace("-", "_"): weighted_mean(evaluations, name) for name in HEALTH},
-            "seconds": round(ended - began, 3),
-            "seconds_train": round(trained - began, 3),
-            "seconds_evaluate": round(evaluated - trained, 3),
-            "seconds_knn": round(ended - evaluated, 3),
-            "images_per_second": sum(u.metrics["images"] for u in updates) / (trained - began),
-            "bytes_moved": self._model_bytes() * (2 * len(updates) + len(evaluations)),
-            "clients": client_rows(updates, evaluations),
-            "failures": failures + eval_failures,
-        }
-        return row | {"warnings": find_warnings(row)}
+        combined = aggregate(self.strategy, round_number, updates, state, self.names)
+        load_state(self.method, {**self.method.state_dict(), **combined})
+        return updates, failures
 
-    def _ask(self, round_number: int, kind: str) -> tuple[list[Update], list[dict[str, Any]]]:
+    def _ask(
+        self, round_number: int, kind: str, on_progress: ProgressCallback
+    ) -> tuple[list[Update], list[Failure]]:
         """Send the model to the sampled clients; give their updates and the failures."""
-        state = self.model.state_dict()
-        settings = ConfigRecord({"num-rounds": self.config.num_rounds})
-        random.seed(derive_seed(self.config.seed, "sample", kind, round_number))
+        state = self.method.shared_state()
+        arrays, buffers = split_state(state, self.names)
+        request = ConfigRecord()
+        random.seed(derive_seed(self.settings.seed, "sample", kind, round_number))
         configure = (
             self.strategy.configure_train
             if kind == MessageType.TRAIN
             else self.strategy.configure_evaluate
         )
-        arrays = combinable(self.strategy, self.model, state)
-        messages = list(configure(round_number, arrays, settings, self.nodes))
-        packed = pack_state(state)
+        messages = list(configure(round_number, arrays, request, self.nodes))
+        packed = pack_tensors(buffers)
         for message in messages:
-            message.content[ARRAYS] = packed  # the whole model, whatever the strategy handles
-        expected = state if kind == MessageType.TRAIN else None
-        answers = self.nodes.ask(messages, self._watch(kind, len(messages)))
-        return check_answers(answers, self.nodes.partition_of, expected)
-
-    def _watch(self, phase: str, asked: int) -> Heard:
-        """Tell, as replies come in, how far the round is and how fast it goes."""
-        began = time.perf_counter()
-
-        def heard(replies: Collection[Message]) -> None:
-            images = sum(count_images(r) for r in replies if r.has_content())
-            pace = images / (time.perf_counter() - began) if phase == MessageType.TRAIN else 0.0
-            standing = {"phase": phase, "answered": len(replies), "asked": asked}
-            self.on_answer(standing | {"images_per_second": pace or None})
-
-        return heard
-
-    def _check_steps(self, updates: list[Update]) -> tuple[list[Update], list[dict[str, Any]]]:
-        names = [name for name, _ in self.model.named_parameters()]
-        state = self.model.state_dict()
-        return check_steps(updates, state, names, self.config.max_step_ratio or 0)
+            message.content.config_records[CONFIG][BUFFERS] = packed
+        on_replies = _tell(on_progress, kind, len(messages))
+        answers = self.nodes.send_and_receive(messages, on_replies)
+        expected: Mapping[str, Tensor] | None = state if kind == MessageType.TRAIN else None
+        return validate_replies(answers, self.nodes.partition_of, expected)
 
     def _require(
-        self, round_number: int, updates: Sequence[Update], failures: Sequence[Mapping[str, Any]]
+        self, round_number: int, updates: Sequence[Update], failures: Sequence[Failure]
     ) -> None:
         """Make sure that enough clients came back for an average."""
-        needed = self.config.min_results
+        needed = self.settings.min_results
         if len(updates) < needed:
-            reasons = name_some([f"client {f['partition']}: {f['reason']}" for f in failures])
+            reasons = name_some([f"client {f.partition}: {f.reason}" for f in failures])
             raise RuntimeError(
                 f"round {round_number}: {len(updates)} of {len(updates) + len(failures)} clients "
                 f"came back, min_results={needed} are needed ({reasons})"
             )
 
-    def _model_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.model.state_dict().values())
+    def _shared_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.method.shared_state().values())
 
-    def _encode_size(self, round_number: int) -> int:
-        config = self.config
-        image_size, num_rounds = config.dataset.image_size, config.num_rounds
-        return encode_size(config.train, image_size, round_number, num_rounds)
 
-    def _knn(self, round_number: int) -> float | None:
-        """Classify some training images by others with the frozen encoder."""
-        if self.image_set is None or self.image_set.train.labels is None:
-            return None
-        limits, images = self.config.monitor, self.image_set.train
-        order = np.random.default_rng(derive_seed(self.config.seed, "monitor")).permutation(
-            len(images.pixels)
-        )
-        queries = order[: min(limits.queries, len(order) // 2)]
-        bank = order[len(queries) : len(queries) + limits.bank]
-        dtype = choose_dtype(self.config.precision, self.device)
-        size = self._encode_size(round_number)
-        features, query_features = (
-            extract_features(self.model, images.pixels[rows], self.device, dtype, 256, size)
-            for rows in (bank, queries)
-        )
-        return knn_accuracy(
-            features, images.labels[bank], query_features, images.labels[queries], limits.neighbors
-        )
+def _tell(on_progress: ProgressCallback, phase: str, asked: int) -> OnReplies:
+    """Tell, as replies come in, how far the round is and how fast it goes."""
+    began = time.perf_counter()
+
+    def on_replies(replies: Collection[Message]) -> None:
+        images = sum(count_images(reply) for reply in replies if reply.has_content())
+        pace = images / (time.perf_counter() - began) if phase == MessageType.TRAIN else 0.0
+        on_progress(Progress(phase, len(replies), asked, pace or None))
+
+    return on_replies

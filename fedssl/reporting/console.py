@@ -1,16 +1,22 @@
 """What a person sees in the terminal: the opening lines, the rounds, the results."""
 
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from textwrap import fill, indent
 from types import TracebackType
 from typing import Any
 
-from tqdm import tqdm
+from rich.bar import Bar
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
 
 from fedssl.errors import WARNING
-from fedssl.terminal import is_live, paint
+from fedssl.runs.metrics import Progress, RoundMetrics, Shown, Where
+from fedssl.terminal import can_rewrite, console_on, print_line
 
 EVALUATIONS = {
     "linear": "Linear evaluation",
@@ -18,32 +24,31 @@ EVALUATIONS = {
     "supervised": "Supervised training from scratch",
 }
 TRAIN_SHARE = 0.9  # of a round's time, until the first round tells
+FRAMES_PER_SECOND = 4
+BAR_WIDTH = 14  # 80 columns hold the line
+DIGITS = 6  # of a number in the table of rounds, its unit not among them
 
 
 class Waiting:
-    """A line in a terminal that tells every second how long something takes; nothing in files."""
+    """A line in a terminal that tells how long something takes; nothing in files."""
 
-    def __init__(self, what: str, quiet: bool = False, total: int | None = None) -> None:
-        """Show the line.
-
-        Args:
-            total: steps of the work, for a bar; None: only the time so far.
-        """
+    def __init__(self, what: str, quiet: bool = False) -> None:
+        """Prepare the line; it is there as long as the context."""
         self.what, self.began = what, time.monotonic()
-        self.bar = tqdm(
-            total=total,
-            bar_format=self.describe(),
-            disable=quiet or not is_live(sys.stdout),
-            file=sys.stdout,
-            leave=False,
-            dynamic_ncols=True,
+        self.spinner = Spinner("dots")
+        self.console = console_on(sys.stdout)
+        self.visible = not quiet and can_rewrite(self.console)
+        self.live = Live(  # draws the line at once, so the state is there before
+            get_renderable=self.render,
+            console=self.console,
+            refresh_per_second=FRAMES_PER_SECOND,
+            transient=True,
+            redirect_stderr=sys.stderr.isatty(),  # a file keeps what is written to it
         )
-        self.ended = threading.Event()
-        self.clock = threading.Thread(target=self._tick, daemon=True)
 
     def __enter__(self) -> "Waiting":
-        if not self.bar.disable:
-            self.clock.start()
+        if self.visible:
+            self.live.start(refresh=True)
         return self
 
     def __exit__(
@@ -52,23 +57,15 @@ class Waiting:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.ended.set()
-        if self.clock.is_alive():
-            self.clock.join()
-        self.bar.close()
-
-    def _tick(self) -> None:
-        while not self.ended.wait(timeout=1):
-            self.refresh()
-
-    def refresh(self) -> None:
-        """Write the line anew."""
-        self.bar.bar_format = self.describe()
-        self.bar.refresh()
+        self.live.stop()
 
     def describe(self) -> str:
-        """Say what is going on; `{bar}` is where tqdm draws its bar."""
-        return f"  {self.what}, {_clock(time.monotonic() - self.began)} so far"
+        """Say what is going on."""
+        return f"{self.what}, {_clock(time.monotonic() - self.began)} so far"
+
+    def render(self) -> Text:
+        """Draw the line, as often as it is shown."""
+        return _one_line("  ", self.spinner.render(time.monotonic()), f" {self.describe()}")
 
 
 class RoundProgress(Waiting):
@@ -82,63 +79,59 @@ class RoundProgress(Waiting):
             quiet: show only failures and warnings, on the standard error stream.
         """
         self.num_rounds, self.done, self.earlier, self.quiet = num_rounds, done, done, quiet
+        self.rounds = float(done)  # as far as the bar is
         self.train_share = TRAIN_SHARE
         self.ends: float | None = None  # on the monotonic clock, as far as can be told
-        super().__init__("starting", quiet, num_rounds)
-        self.bar.n = done
+        super().__init__("starting", quiet)
 
     def __enter__(self) -> "RoundProgress":
         if not self.quiet:
-            tqdm.write(
-                f"  {'round':>7}  {'train loss':>10}  {'eval loss':>9}  {'rank':>5}  {'kNN':>7}  "
-                f"{'time':>8}"
-            )
+            labels = {how.label: how.label for _, how in RoundMetrics.numbers(Where.TABLE)}
+            print_line(_table_line("round", labels))
         super().__enter__()
         return self
 
     def describe(self) -> str:
-        """Say which round it is, how many clients are done, how fast, and the time left."""
-        place = f"{min(self.done + 1, self.num_rounds)}/{self.num_rounds}"
+        """Say how many clients are done, how fast, and the time left."""
         now = time.monotonic()
         so_far = f"{_clock(now - self.began)} so far"
-        time_left = f"{_clock(self.ends - now)} left" if self.ends else so_far
-        return f"  round {place} |{{bar:14}}| {self.what}, {time_left}"  # 80 columns hold it
+        return f"{self.what}, {f'{_clock(self.ends - now)} left' if self.ends else so_far}"
 
-    def follow(self, standing: Mapping[str, Any]) -> None:
-        """Move the bar as clients answer.
+    def render(self) -> Text:
+        """Draw the bar, with the round before it and what is going on behind."""
+        place = f"{min(self.done + 1, self.num_rounds)}/{self.num_rounds}"
+        bar = Bar(self.num_rounds, 0, self.rounds, width=BAR_WIDTH)
+        (drawn,) = self.console.render_lines(bar, pad=False)
+        blocks = "".join(segment.text for segment in drawn)
+        return _one_line(f"  round {place} |{blocks}| {self.describe()}")
 
-        Args:
-            standing: of the round, as `server.OnAnswer` has it.
-        """
-        answered, asked, pace = (standing[k] for k in ("answered", "asked", "images_per_second"))
+    def follow(self, progress: Progress) -> None:
+        """Move the bar as clients answer."""
+        answered, asked = progress.answered, progress.asked
         part = answered / max(asked, 1)
-        if standing["phase"] == "train":
+        if progress.phase == "train":
             self.what, share = f"{answered}/{asked} clients trained", part * self.train_share
         else:
             self.what = f"{answered}/{asked} clients evaluated"
             share = self.train_share + part * (1 - self.train_share)
-        if pace:
-            self.what += f", {pace:,.0f} images/s"
+        if progress.images_per_second:
+            self.what += f", {progress.images_per_second:,.0f} images/s"
         self._move(self.done + share)
 
-    def show(self, row: Mapping[str, Any]) -> None:
-        """Print a round's metrics line and what went wrong, and move the bar."""
-        place = f"{row['round']}/{self.num_rounds}"
+    def show(self, metrics: RoundMetrics) -> None:
+        """Print a round's line of the table and what went wrong, and move the bar."""
         if not self.quiet:
-            tqdm.write(
-                f"  {place:>7}  {row['train_loss']:10.3f}  {_cell(row['eval_loss'], '9.3f')}  "
-                f"{_cell(row['effective_rank'], '5.1f')}  {_cell(row['knn'], '7.1%')}  "
-                f"{row['seconds']:6.1f} s"
-            )
-        margin = f"round {row['round']}: " if self.quiet else " " * 11
-        for failure in row["failures"]:
-            line = f"client {failure['partition']} failed: {failure['reason']}"
-            _write(margin + line, "error", self.quiet)
-        for warning in row["warnings"]:
-            _write(f"{margin}{WARNING}{warning}", "warning", self.quiet)
-        sys.stdout.flush()
-        self.train_share = row["seconds_train"] / row["seconds"]
-        self.done = row["round"]
+            place = f"{metrics.round}/{self.num_rounds}"
+            print_line(_table_line(place, metrics.texts(Where.TABLE)))
+        margin = f"round {metrics.round}: " if self.quiet else " " * 11
+        for failure in metrics.failures:
+            line = f"client {failure.partition} failed: {failure.reason}"
+            _complain(margin + line, "error", self.quiet)
+        for warning in metrics.warnings:
+            _complain(f"{margin}{WARNING}{warning}", "warning", self.quiet)
+        if metrics.seconds and metrics.seconds_train is not None:
+            self.train_share = metrics.seconds_train / metrics.seconds
+        self.done = metrics.round
         self.what = "starting" if self.done < self.num_rounds else "finishing"
         self._move(self.done)
 
@@ -150,8 +143,25 @@ class RoundProgress(Waiting):
         else:
             pace = (now - self.began) / (rounds - self.earlier)
             self.ends = now + pace * (self.num_rounds - rounds)
-        self.bar.n = rounds
-        self.refresh()
+        self.rounds = rounds
+        if self.visible:
+            self.live.refresh()
+
+
+def _one_line(*parts: str | Text) -> Text:
+    """Put parts together to a line that ends where the terminal does."""
+    return Text.assemble(*parts, no_wrap=True, overflow="crop", end="")
+
+
+def _table_line(place: str, texts: Mapping[str, str | None]) -> str:
+    """Write a line of the table of rounds; a missing number is a dash as wide."""
+    columns = [how for _, how in RoundMetrics.numbers(Where.TABLE)]
+    cells = [f"{texts[how.label] or '-':>{_width(how)}}" for how in columns]
+    return "  ".join(["", f"{place:>7}", *cells])
+
+
+def _width(how: Shown) -> int:
+    return max(len(how.label), DIGITS + len(how.unit))
 
 
 def make_report(quiet: bool) -> Callable[[str], None]:
@@ -159,27 +169,23 @@ def make_report(quiet: bool) -> Callable[[str], None]:
 
     def report(line: str) -> None:
         if line.startswith(WARNING):
-            _write(line, "warning", quiet)
+            _complain(line, "warning", quiet)
         elif not quiet:
-            print(line)
+            print_line(line)
 
     return report
 
 
-def _write(line: str, style: str, quiet: bool) -> None:
-    """Write a styled line: among the others, or where quiet programs complain."""
-    stream = sys.stderr if quiet else sys.stdout
-    tqdm.write(paint(line, style, stream), file=stream)
+def _complain(line: str, style: str, quiet: bool) -> None:
+    """Print a styled line: among the others, or where quiet programs complain."""
+    print_line(line, style, sys.stderr if quiet else sys.stdout)
 
 
 def _clock(seconds: float) -> str:
-    """Write a duration, at least 0, as tqdm does: 0:05 as 00:05."""
-    return tqdm.format_interval(max(0, round(seconds)))
-
-
-def _cell(value: float | None, form: str) -> str:
-    """Write a number, or a dash as wide."""
-    return format(value, form) if value is not None else "-".rjust(int(form.split(".")[0]))
+    """Write a duration, at least 0: 00:05, 1:00:05."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
 
 
 def evaluation_title(result: Mapping[str, Any]) -> str:
@@ -200,8 +206,55 @@ def top1(row: Mapping[str, Any]) -> str:
 
 
 def print_results(result: Mapping[str, Any]) -> None:
-    """Print the table of an evaluation."""
-    print(evaluation_title(result))
+    """Print the table of an evaluation; its first row is the headline."""
+    print_line(evaluation_title(result))
+    table = Table.grid(padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column(min_width=19)
+    table.add_column(min_width=20)
+    table.add_column(min_width=13, justify="right")
     for place, row in enumerate(result["rows"]):
-        line = f"  {row['encoder']:17} {row['method']:20} {top1(row):>13}"
-        print(paint(line, "strong", sys.stdout) if place == 0 else line)
+        cells = (f"  {row['encoder']}", row["method"], top1(row))
+        table.add_row(*cells, style="headline" if place == 0 else None)
+    console_on(sys.stdout).print(table)
+
+
+def print_opening(title: str, facts: Mapping[str, str]) -> None:
+    """Say what is about to run.
+
+    Args:
+        facts: such as the data and the model, by name; a text may have several lines.
+    """
+    print_line(title)
+    for name, text in facts.items():
+        print_line(f"  {name:10} " + text.replace("\n", "\n" + " " * 13))
+    print_line("")
+
+
+def print_ending(run_path: Path, output_dir: Path, labelled: bool) -> None:
+    """Say where everything lies and what to try next.
+
+    Args:
+        run_path: the run's directory, output_dir: where all runs are.
+        labelled: whether the images have labels to evaluate with.
+    """
+    print_line(f"\nEverything is in {show_path(run_path)}")
+    names = [f.name + "/" * f.is_dir() for f in run_path.iterdir() if f.name[0] != "."]
+    listed = ", ".join(sorted(n for n in names if not n.startswith("events.")))
+    print_line(indent(fill(listed, 78), "  "))
+    commands = {"python -m scripts.embed FOLDER": "the features of images"}
+    if labelled:
+        commands = {
+            "python test.py label_fraction=0.02": "the same encoder, fewer labels",
+            "python test.py mode=finetune": "tune the encoder too",
+            "python main.py dataset=cifar10": "the benchmark",
+        }
+    commands[f"tensorboard --logdir {show_path(output_dir)}"] = "the curves of all runs"
+    print_line("Next")
+    for command, purpose in commands.items():
+        print_line(f"  {command:38} {purpose}")
+
+
+def show_path(path: Path) -> str:
+    """Write a path relative to the working directory where it lies below it."""
+    path, here = path.resolve(), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

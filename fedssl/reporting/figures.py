@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -17,6 +16,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from fedssl.evaluation.knn import nearest_neighbours
 from fedssl.federation.monitoring import COLLAPSED_RANK, COLLAPSED_UNIFORMITY
 from fedssl.files import write_atomically
+from fedssl.runs.metrics import RoundMetrics
 
 BLUE, ORANGE, INK = "#2a6fb0", "#c8571b", "#333333"
 WIDTH = 5.2  # inches: the letters stay readable on a phone
@@ -33,47 +33,47 @@ HEALTH = (
 )
 
 
-def draw_loss_graph(metrics: Sequence[Mapping[str, Any]], file: Path, dataset: str) -> None:
+def draw_loss_graph(rounds: Sequence[RoundMetrics], file: Path, dataset: str) -> None:
     """Plot the clients' mean train and evaluation loss over rounds, and their range.
 
     Args:
-        metrics: the lines of metrics.jsonl.
+        rounds: at least one.
         dataset: its name, for the title.
     """
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     axes = figure.add_subplot()
-    rounds = [line["round"] for line in metrics]
+    numbers = [metrics.round for metrics in rounds]
     for key, name, color, marker in (
         ("train_loss", "train", BLUE, "o"),
         ("eval_loss", "evaluation (held-out images)", ORANGE, "s"),
     ):
-        axes.plot(rounds, _column(metrics, key), color=color, marker=marker, label=name)
-        clients = [[c[key] for c in line["clients"] if key in c] or [math.nan] for line in metrics]
+        axes.plot(numbers, _column(rounds, key), color=color, marker=marker, label=name)
+        clients = [_known(metrics.clients, key) or [math.nan] for metrics in rounds]
         low, high = [min(values) for values in clients], [max(values) for values in clients]
-        axes.fill_between(rounds, low, high, color=color, alpha=0.15, linewidth=0)
-    count = max(len(line["clients"]) for line in metrics)
+        axes.fill_between(numbers, low, high, color=color, alpha=0.15, linewidth=0)
+    count = max(len(metrics.clients) for metrics in rounds)
     axes.set_title(f"SimCLR on {dataset}, {count} clients", color=INK, loc="left")
     _style(axes, "NT-Xent loss (nats)")
     axes.legend(title="mean over clients; band: all clients", frameon=False, alignment="left")
     _save(figure, file)
 
 
-def draw_knn(metrics: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Plot the kNN accuracy over rounds; `knn` of the metrics lines is 0 to 1 or None."""
+def draw_knn(rounds: Sequence[RoundMetrics], file: Path) -> None:
+    """Plot the kNN accuracy over rounds."""
     figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot([line["round"] for line in metrics], _column(metrics, "knn"), color=BLUE, marker="o")
+    axes.plot(_column(rounds, "round"), _column(rounds, "knn"), color=BLUE, marker="o")
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     _style(axes, "kNN accuracy, top-1")
     _save(figure, file)
 
 
-def draw_health(metrics: Sequence[Mapping[str, Any]], file: Path) -> None:
+def draw_health(rounds: Sequence[RoundMetrics], file: Path) -> None:
     """Plot effective rank, uniformity and alignment over rounds, one above the other."""
     figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
     panels = figure.subplots(len(HEALTH), sharex=True)
     for axes, (key, name, limit) in zip(panels, HEALTH, strict=True):
-        axes.plot([line["round"] for line in metrics], _column(metrics, key), BLUE, marker="o")
+        axes.plot(_column(rounds, "round"), _column(rounds, key), BLUE, marker="o")
         if limit:
             axes.axhline(limit[0], color=ORANGE, linestyle="--", label=limit[1])
             axes.legend(frameon=False, fontsize="small")
@@ -222,8 +222,14 @@ def _class_colors(count: int) -> np.ndarray:
     return matplotlib.colormaps["tab10" if count <= 10 else "tab20"](range(count))
 
 
-def _column(metrics: Sequence[Mapping[str, Any]], key: str) -> list[float]:
-    values = [line.get(key) for line in metrics]
+def _known(records: Sequence[object], name: str) -> list[float]:
+    """List an attribute of each record that has it."""
+    return [value for value in _column(records, name) if not math.isnan(value)]
+
+
+def _column(records: Sequence[object], name: str) -> list[float]:
+    """List an attribute of each record; NaN where it is None."""
+    values = [getattr(record, name) for record in records]
     return [math.nan if value is None else value for value in values]
 
 

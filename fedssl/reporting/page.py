@@ -9,27 +9,15 @@ from omegaconf import DictConfig
 
 from fedssl.config.compose import flatten
 from fedssl.data.image_set import ImageSet
-from fedssl.errors import UserError
+from fedssl.errors import WARNING, UserError
 from fedssl.files import write_atomically
 from fedssl.reporting.console import evaluation_title, top1
 from fedssl.reporting.sections import draw_pictures
 from fedssl.runs.directory import RunDirectory
+from fedssl.runs.metrics import RoundMetrics, Where
 from fedssl.runs.provenance import provenance
 
 TEMPLATES = Path(__file__).resolve().parent
-ROUND_KEYS = {"round", "train_loss", "eval_loss", "knn", "seconds", "clients", "failures"}
-COLUMNS = {  # of the table of rounds: heading, key, format
-    "round": ("round", "d"),
-    "train loss": ("train_loss", ".3f"),
-    "eval loss": ("eval_loss", ".3f"),
-    "kNN": ("knn", ".1%"),
-    "rank": ("effective_rank", ".1f"),
-    "uniformity": ("uniformity", ".2f"),
-    "alignment": ("alignment", ".2f"),
-    "seconds": ("seconds", ".1f"),
-    "images/s": ("images_per_second", ".0f"),
-    "bytes moved": ("bytes_moved", ",d"),
-}
 
 
 def write_report(
@@ -49,10 +37,11 @@ def write_report(
         UserError: no finished round, or a damaged file.
         RuntimeError: the run's directory can't be written.
     """
-    rows = read_rounds(run)
+    rounds = read_rounds(run)
+    headings, *lines = table_of_rounds(rounds)
     results = run.read_results()
     try:
-        pictures = draw_pictures(run, config, settings, rows, image_set)
+        pictures = draw_pictures(run, config, settings, rounds, image_set)
         page = (
             _environment()
             .get_template("page.html")
@@ -60,15 +49,15 @@ def write_report(
                 run=run.path.name,
                 config=config,
                 strategy=config.strategy._target_.rpartition(".")[2],
-                clients=max(len(row["clients"]) for row in rows),
-                done=rows[-1]["round"],
+                clients=max(len(metrics.clients) for metrics in rounds),
+                done=rounds[-1].round,
                 evaluations=[
                     {"title": evaluation_title(result), **result} for result in reversed(results)
                 ],
                 pictures=pictures,
-                troubles=list_troubles(rows),
-                columns=COLUMNS,
-                rounds=[[_cell(row.get(k), form) for k, form in COLUMNS.values()] for row in rows],
+                troubles=list_troubles(rounds),
+                columns=headings,
+                rounds=lines,
                 overrides=run.read_overrides(),
                 settings=flatten(config),
                 sources=list_sources(results),
@@ -79,30 +68,34 @@ def write_report(
         raise RuntimeError(f"can't write to {run.path}: {error.strerror}") from error
 
 
-def read_rounds(run: RunDirectory) -> list[dict[str, Any]]:
-    """Read the lines of metrics.jsonl, at least one.
+def read_rounds(run: RunDirectory) -> list[RoundMetrics]:
+    """Read the numbers of a run's rounds, at least one.
 
     Raises:
         UserError: no finished round, or lines of something else.
     """
-    rows = run.read_metrics()
-    if not rows:
+    rounds = run.read_metrics()
+    if not rounds:
         raise UserError(f"run={run.path}: no finished round, so there is nothing to show")
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or not row.keys() >= ROUND_KEYS:
-            raise UserError(f"{run.metrics}: line {number} is no round of a run; take the line out")
-    return rows
+    return rounds
 
 
-def list_troubles(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:
+def list_troubles(rounds: Sequence[RoundMetrics]) -> list[tuple[int, str]]:
     """List the failures and warnings of all rounds, with their round."""
     found = []
-    for row in rows:
-        for failure in row["failures"]:
-            text = f"client {failure['partition']} failed: {failure['reason']}"
-            found.append((row["round"], text))
-        found += [(row["round"], f"warning: {warning}") for warning in row.get("warnings", [])]
+    for metrics in rounds:
+        for failure in metrics.failures:
+            text = f"client {failure.partition} failed: {failure.reason}"
+            found.append((metrics.round, text))
+        found += [(metrics.round, f"{WARNING}{warning}") for warning in metrics.warnings]
     return found
+
+
+def table_of_rounds(rounds: Sequence[RoundMetrics]) -> list[list[str]]:
+    """Write the numbers of all rounds in columns, below their headings; "–" is none."""
+    headings = ["round", *(how.label for _, how in RoundMetrics.numbers(Where.PAGE))]
+    lines = [[str(m.round), *(t or "–" for t in m.texts(Where.PAGE).values())] for m in rounds]
+    return [headings, *lines]
 
 
 def list_sources(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -119,10 +112,6 @@ def list_sources(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, An
         }
         for name, facts in (measured | {"this page": provenance()}).items()
     }
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
 
 
 def _environment() -> Environment:

@@ -26,12 +26,13 @@ from fedssl.reporting.figures import (
     draw_partitions,
 )
 from fedssl.runs.directory import RunDirectory
+from fedssl.runs.metrics import RoundMetrics
 from fedssl.seeding import derive_seed
 from fedssl.training.schedule import encode_size
 from utils import build_model, load_trained
 
 MIN_MAPPED = 10  # fewer points make no map
-Rows = Sequence[Mapping[str, Any]]
+Rounds = Sequence[RoundMetrics]
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def draw_pictures(
     run: RunDirectory,
     config: DictConfig,
     settings: Mapping[str, Any],
-    rows: Rows,
+    rounds: Rounds,
     image_set: ImageSet | None,
 ) -> list[Picture]:
     """Draw all that applies to a run into its figures/.
@@ -77,7 +78,7 @@ def draw_pictures(
     Args:
         config: of the run.
         settings: the `figures` section.
-        rows: of metrics.jsonl, at least one.
+        rounds: at least one.
         image_set: None where only the clients hold images.
 
     Raises:
@@ -87,12 +88,12 @@ def draw_pictures(
     folder.mkdir(exist_ok=True)
     encoded = encode_some(run, config, settings, image_set) if image_set else None
     return [
-        picture_loss(config, rows, run.path / "loss_graph.png"),
-        picture_knn(rows, folder / "knn.png"),
+        picture_loss(config, rounds, run.path / "loss_graph.png"),
+        picture_knn(rounds, folder / "knn.png"),
         picture_map(config, settings, encoded, image_set, folder / "map.png"),
         picture_neighbours(settings, encoded, folder / "neighbours.png"),
-        picture_partitions(config, rows, image_set, folder / "partitions.png"),
-        picture_health(rows, folder / "health.png"),
+        picture_partitions(config, rounds, image_set, folder / "partitions.png"),
+        picture_health(rounds, folder / "health.png"),
     ]
 
 
@@ -117,9 +118,9 @@ def encode_some(
     return Encoded(kind, pixels, labels, before, after, round_number)
 
 
-def picture_loss(config: DictConfig, rows: Rows, file: Path) -> Picture:
+def picture_loss(config: DictConfig, rounds: Rounds, file: Path) -> Picture:
     """Draw the loss over rounds."""
-    draw_loss_graph(rows, file, config.dataset.name)
+    draw_loss_graph(rounds, file, config.dataset.name)
     return Picture(
         "Loss",
         "NT-Xent of the clients' training images and of the images that each of them holds out. "
@@ -128,12 +129,12 @@ def picture_loss(config: DictConfig, rows: Rows, file: Path) -> Picture:
     )
 
 
-def picture_knn(rows: Rows, file: Path) -> Picture:
+def picture_knn(rounds: Rounds, file: Path) -> Picture:
     """Draw the kNN accuracy over rounds."""
     title = "kNN accuracy"
-    if all(row["knn"] is None for row in rows):
+    if all(metrics.knn is None for metrics in rounds):
         return Picture(title, "Left out: the server has no labelled images.")
-    draw_knn(rows, file)
+    draw_knn(rounds, file)
     return Picture(
         title,
         "How many training images have the class of their nearest neighbours, after every "
@@ -208,14 +209,15 @@ def picture_neighbours(settings: Mapping[str, Any], encoded: Encoded | None, fil
 
 
 def picture_partitions(
-    config: DictConfig, rows: Rows, image_set: ImageSet | None, file: Path
+    config: DictConfig, rounds: Rounds, image_set: ImageSet | None, file: Path
 ) -> Picture:
     """Draw how the classes are spread over the clients."""
     title = "Images of the clients"
     if image_set is None or image_set.train.labels is None:
         return Picture(title, "Left out: there are no labels.")
-    parts = partition_rows(image_set.train, config.num_clients, config.partition, config.seed)
-    if not _held(parts, config.held_out, rows):
+    dealt = (config.num_clients, dict(config.partition), config.seed)
+    parts = partition_rows(image_set.train, *dealt)
+    if not _held(parts, config.held_out, rounds):
         return Picture(title, "Left out: the clients held other images than this dealing gives.")
     counts = count_classes(image_set, parts)
     draw_partitions(counts, image_set.class_names, file)
@@ -228,23 +230,23 @@ def picture_partitions(
     )
 
 
-def _held(parts: Sequence[np.ndarray], held_out: float, rows: Rows) -> bool:
+def _held(parts: Sequence[np.ndarray], held_out: float, rounds: Rounds) -> bool:
     """Tell whether the clients trained on as many images as these partitions have."""
     expected = dict(enumerate(len(split_held_out(part, held_out)[0]) for part in parts))
     return all(
-        client["num_examples"] == expected.get(client["partition"])
-        for row in rows
-        for client in row["clients"]
-        if "num_examples" in client
+        client.num_examples == expected.get(client.partition)
+        for metrics in rounds
+        for client in metrics.clients
+        if client.num_examples is not None
     )
 
 
-def picture_health(rows: Rows, file: Path) -> Picture:
+def picture_health(rounds: Rounds, file: Path) -> Picture:
     """Draw what tells a collapse."""
     title = "Health of the representation"
-    if all(row.get(key) is None for row in rows for key, _, _ in HEALTH):
+    if all(getattr(metrics, key) is None for metrics in rounds for key, _, _ in HEALTH):
         return Picture(title, "Left out: no client reported it.")
-    draw_health(rows, file)
+    draw_health(rounds, file)
     return Picture(
         title,
         "Of the projections of held-out images, mean over clients. Effective rank: how many "

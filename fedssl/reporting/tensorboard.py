@@ -1,23 +1,38 @@
-"""What TensorBoard shows of a round."""
+"""The curves of a run for TensorBoard."""
 
-from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from types import TracebackType
 
-CURVES = (
-    *("train_loss", "eval_loss", "knn", "alignment", "uniformity", "effective_rank"),
-    *("seconds", "images_per_second"),
-)
-CLIENT_CURVES = ("train_loss", "eval_loss", "step", "cosine")
+from torch.utils.tensorboard import SummaryWriter
+
+from fedssl.runs.metrics import RoundMetrics
 
 
-def scalars(row: Mapping[str, Any]) -> dict[str, float]:
-    """List what TensorBoard shows of a round's metrics line.
+class TensorboardWriter:
+    """Writes what TensorBoard shows of each round into a run's directory."""
 
-    A section for each curve of the clients, `client_NAME/PARTITION`, so that
-    the clients stand side by side.
-    """
-    found = {name: row[name] for name in CURVES}
-    for client in row["clients"]:
-        for name in CLIENT_CURVES:
-            found[f"client_{name}/{client['partition']}"] = client.get(name)
-    return {tag: value for tag, value in found.items() if value is not None}
+    def __init__(self, run_path: Path, purge_step: int) -> None:
+        """Open the run's events.
+
+        Args:
+            purge_step: the next round; what an earlier part of the run wrote of it and
+                of later ones is left out.
+        """
+        self._events = SummaryWriter(str(run_path), purge_step=purge_step)
+
+    def __enter__(self) -> "TensorboardWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._events.close()
+
+    def write(self, metrics: RoundMetrics) -> None:
+        """Write a round's curves, at once."""
+        for tag, value in metrics.curves().items():
+            self._events.add_scalar(tag, value, metrics.round)
+        self._events.flush()

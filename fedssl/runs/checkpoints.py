@@ -19,6 +19,20 @@ from torch import Tensor
 
 from fedssl.errors import UserError
 from fedssl.files import write_atomically
+from fedssl.runs.metrics import RoundMetrics
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """The state of a strategy.
+
+    Attributes:
+        tree: JSON, in which an array is a number, its place among the arrays.
+        arrays: by that number, as text.
+    """
+
+    tree: Any = None
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -27,15 +41,15 @@ class Checkpoint:
 
     Attributes:
         state: of the global model.
-        server: what the strategy remembers, such as a server optimizer's moments.
-        row: the round's metrics line.
+        strategy: what the strategy remembers, such as a server optimizer's moments.
+        metrics: the round's numbers.
         images: names the content of the images that were trained on.
     """
 
     round: int
     state: Mapping[str, Tensor]
-    server: Mapping[str, np.ndarray] = field(default_factory=dict)
-    row: Mapping[str, Any] = field(default_factory=dict)
+    strategy: ServerState = field(default_factory=ServerState)
+    metrics: RoundMetrics | None = None
     images: str | None = None
 
 
@@ -49,11 +63,14 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
     model = torch.save({name: tensor.contiguous() for name, tensor in checkpoint.state.items()})
     write_atomically(model_file, model)
     facts: dict[str, Any] = {"round": checkpoint.round, "sha256": _digest(model)}
-    if checkpoint.server:
-        server = numpy.save({k: np.asarray(v, order="C") for k, v in checkpoint.server.items()})
+    facts["strategy"] = checkpoint.strategy.tree
+    if checkpoint.strategy.arrays:
+        arrays = checkpoint.strategy.arrays
+        server = numpy.save({k: np.asarray(v, order="C") for k, v in arrays.items()})
         write_atomically(server_file, server)
         facts["server_sha256"] = _digest(server)
-    facts |= {"images": checkpoint.images, "row": dict(checkpoint.row)}
+    row = checkpoint.metrics.to_json() if checkpoint.metrics else {}
+    facts |= {"images": checkpoint.images, "row": row}
     facts["facts_sha256"] = _digest(json.dumps(facts).encode())
     write_atomically(facts_file, json.dumps(facts).encode())
     for old in list_checkpoints(folder)[:-keep]:
@@ -96,8 +113,9 @@ def load_checkpoint(file: Path) -> Checkpoint:
         facts = json.loads(beside.read_bytes())
         own_digest = facts.pop("facts_sha256")
         round_number, digest = int(facts["round"]), facts["sha256"]
-        row, images = dict(facts["row"]), facts["images"]
-        server_digest = facts.get("server_sha256")
+        metrics = RoundMetrics.from_json(facts["row"]) if facts["row"] else None
+        images = facts["images"]
+        server_digest, tree = facts.get("server_sha256"), facts.get("strategy")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: {beside.name} is damaged ({error}); use another's") from error
     if _digest(json.dumps(facts).encode()) != own_digest:
@@ -106,16 +124,16 @@ def load_checkpoint(file: Path) -> Checkpoint:
         raise UserError(f"{where}: truncated or damaged ({len(data)} bytes); use another round's")
     try:
         state = torch.load(data)
-        server = {}
+        arrays = {}
         if server_digest:
             server_file = _files(file.parent, round_number)[1]
             remembered = server_file.read_bytes()
             if _digest(remembered) != server_digest:
                 raise ValueError(f"{server_file.name} is truncated or damaged")
-            server = numpy.load(remembered)
+            arrays = numpy.load(remembered)
     except (SafetensorError, ValueError, OSError) as error:
         raise UserError(f"{where}: can't be read ({error}); use another round's") from error
-    return Checkpoint(round_number, state, server, row, images)
+    return Checkpoint(round_number, state, ServerState(tree, arrays), metrics, images)
 
 
 def _files(folder: Path, round_number: int) -> tuple[Path, Path, Path]:

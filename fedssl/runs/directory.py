@@ -12,11 +12,15 @@ from uuid import uuid4
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
+from fedssl.config.checks import check_settings
+from fedssl.config.compose import to_mapping
+from fedssl.config.moved import modernize, modernize_overrides
 from fedssl.errors import UserError
 from fedssl.files import write_atomically
 from fedssl.networks.encoder import Encoder
 from fedssl.runs.checkpoints import list_checkpoints
 from fedssl.runs.encoder_file import ENCODER_FILE, pack_encoder
+from fedssl.runs.metrics import RoundMetrics
 
 fcntl = None
 with suppress(ImportError):  # there is none on Windows
@@ -82,7 +86,7 @@ class RunDirectory:
         write_atomically(self.config, OmegaConf.to_yaml(config, resolve=True).encode())
 
     def load_config(self) -> DictConfig:
-        """Read the configuration that the run was started with.
+        """Read the configuration that the run was started with, in today's structure and keys.
 
         Raises:
             UserError: no such run, or its configuration is damaged.
@@ -97,37 +101,51 @@ class RunDirectory:
         missing = [name for name in SECTIONS if name not in config]
         if missing:
             raise UserError(f"{self.config}: holds no {missing[0]!r}; {remedy}")
+        try:
+            config = modernize(config)
+            check_settings("config", to_mapping(config))
+        except (UserError, ValueError) as error:
+            raise UserError(f"{self.config}: {error}; {remedy}") from error
         return config
 
     def read_overrides(self) -> list[str]:
-        """Read the overrides that the run was started with, none if it did not keep them."""
-        return list(map(str, OmegaConf.load(self.overrides))) if self.overrides.is_file() else []
+        """Read the overrides that the run was started with, under today's names.
 
-    def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        There are none if the run did not keep them.
+        """
+        if not self.overrides.is_file():
+            return []
+        return modernize_overrides(list(map(str, OmegaConf.load(self.overrides))))[0]
+
+    def write_metrics(self, rounds: Sequence[RoundMetrics]) -> None:
         """Write metrics.jsonl, a line a round."""
-        write_atomically(self.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        lines = [json.dumps(metrics.to_json()) + "\n" for metrics in rounds]
+        write_atomically(self.metrics, "".join(lines).encode())
 
-    def append_metrics(self, row: Mapping[str, Any]) -> None:
+    def append_metrics(self, metrics: RoundMetrics) -> None:
         """Add a round's line to metrics.jsonl."""
-        self.write_metrics([*self.read_metrics(), row])
+        self.write_metrics([*self.read_metrics(), metrics])
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """Read the lines of metrics.jsonl, one a round.
+    def read_metrics(self) -> list[RoundMetrics]:
+        """Read metrics.jsonl, none before the first round is finished.
 
         Raises:
-            UserError: a line is damaged.
+            UserError: a line is damaged, or is something else.
         """
         if not self.metrics.is_file():
             return []
-        rows = []
-        for number, line in enumerate(self.metrics.read_bytes().splitlines(), start=1):
+        rounds = []
+        for number, text in enumerate(self.metrics.read_bytes().splitlines(), start=1):
+            where = f"{self.metrics}: line {number}"
             try:
-                rows.append(json.loads(line))
+                line = json.loads(text)
             except ValueError as error:
-                raise UserError(
-                    f"{self.metrics}: line {number} is damaged ({error}); take the line out"
-                ) from error
-        return rows
+                raise UserError(f"{where} is damaged ({error}); take the line out") from error
+            try:
+                rounds.append(RoundMetrics.from_json(line))
+            except ValueError as error:
+                raise UserError(f"{where} is no round of a run; take the line out") from error
+        return rounds
 
     def last_checkpoint(self) -> Path:
         """Find the newest checkpoint.
@@ -142,9 +160,11 @@ class RunDirectory:
             )
         return files[-1]
 
-    def save_encoder(self, model: Encoder, dataset: Mapping[str, Any], rounds: int) -> None:
-        """Write the encoder alone, in the form of `encoder.py`."""
-        write_atomically(self.path / ENCODER_FILE, pack_encoder(model, dataset, rounds))
+    def save_encoder(self, encoder: Encoder, image_size: int, dataset: str, rounds: int) -> None:
+        """Write the encoder alone; see `pack_encoder`."""
+        write_atomically(
+            self.path / ENCODER_FILE, pack_encoder(encoder, image_size, dataset, rounds)
+        )
 
     def add_result(self, result: Mapping[str, Any]) -> None:
         """Append an evaluation to results.json, which keeps them all."""

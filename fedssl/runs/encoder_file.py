@@ -4,14 +4,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from fedssl.errors import UserError
-from fedssl.networks.encoder import Encoder
+from fedssl.networks.encoder import Encoder, EncoderSettings
 from fedssl.networks.state import load_state
 
 ENCODER_FILE = "encoder.safetensors"
@@ -27,44 +26,49 @@ class TrainedEncoder:
     """An encoder as it was read from a file.
 
     Attributes:
-        model: in eval mode, on the CPU.
+        encoder: in eval mode, on the CPU.
         image_size: height and width in pixels of the images it was trained on.
-        facts: the file's metadata.
+        metadata: of the file.
     """
 
-    model: Encoder
+    encoder: Encoder
     image_size: int
-    facts: Mapping[str, str]
+    metadata: Mapping[str, str]
 
     def __str__(self) -> str:
         """Name it for a line of the terminal."""
-        trained = [self.facts.get("dataset", ""), f"{self.image_size} x {self.image_size} pixels"]
-        return f"{self.model.architecture} ({', '.join(filter(None, trained))})"
+        trained = [
+            self.metadata.get("dataset", ""),
+            f"{self.image_size} x {self.image_size} pixels",
+        ]
+        return f"{self.encoder.settings.architecture} ({', '.join(filter(None, trained))})"
 
 
-def pack_encoder(model: Encoder, dataset: Mapping[str, Any], rounds: int) -> bytes:
+def pack_encoder(encoder: Encoder, image_size: int, dataset: str, rounds: int) -> bytes:
     """Write an encoder as safetensors with torchvision's parameter names.
 
     The metadata (text, lists as JSON) tells how to build the network and how to
     prepare images for it.
 
     Args:
-        dataset: this section of the configuration.
+        image_size: side in pixels of the images that it is to be used on.
+        dataset: name of what it was trained on.
         rounds: that it was trained.
     """
-    facts = {
-        "architecture": model.architecture,
-        "stem": model.stem,
-        "features": str(model.feature_size),
-        "image_size": str(dataset["image_size"]),
-        "mean": json.dumps(list(dataset["mean"])),
-        "std": json.dumps(list(dataset["std"])),
+    settings = encoder.settings
+    metadata = {
+        "architecture": settings.architecture,
+        "stem": settings.stem,
+        "features": str(encoder.feature_size),
+        "image_size": str(image_size),
+        "mean": json.dumps(list(settings.mean)),
+        "std": json.dumps(list(settings.std)),
         "input": INPUT,
-        "dataset": str(dataset["name"]),
+        "dataset": dataset,
         "rounds": str(rounds),
     }
-    tensors = {name: tensor.contiguous() for name, tensor in model.encoder.state_dict().items()}
-    return save(tensors, metadata=facts)
+    tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
+    return save(tensors, metadata=metadata)
 
 
 def find_encoder(encoder: str | None, run: str) -> Path:
@@ -95,18 +99,20 @@ def load_encoder(file: Path) -> TrainedEncoder:
     """
     try:
         with safe_open(file, framework="pt") as opened:
-            facts = opened.metadata() or {}
+            metadata = opened.metadata() or {}
             state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        size = int(facts["image_size"])
+        size = int(metadata["image_size"])
         if not 1 <= size <= MAX_IMAGE_SIZE:
             raise ValueError(f"image_size {size}")
-        mean, std = json.loads(facts["mean"]), json.loads(facts["std"])
-        model = Encoder(facts["architecture"], facts["stem"], mean, std)
-        load_state(model.encoder, state)
+        mean, std = json.loads(metadata["mean"]), json.loads(metadata["std"])
+        settings = EncoderSettings(metadata["architecture"], metadata["stem"], mean, std)
+        encoder = Encoder(settings)
+        load_state(encoder, state)
     except KeyError as error:
         raise UserError(f"encoder={file}: no {error} in its metadata, so not of a run") from error
     except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(
             f"encoder={file}: damaged, or not the encoder of a run ({error}); use another"
         ) from error
-    return TrainedEncoder(model.eval().to(memory_format=torch.channels_last), size, facts)
+    encoder = encoder.eval().to(memory_format=torch.channels_last)
+    return TrainedEncoder(encoder, size, metadata)

@@ -82,6 +82,23 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """How far a round is, told as its clients answer.
+
+    Attributes:
+        phase: "train" or "evaluate".
+        answered: of the clients that were `asked`.
+        images_per_second: of training so far; None before the first answer and of an
+            evaluation.
+    """
+
+    phase: str
+    answered: int
+    asked: int
+    images_per_second: float | None = None
+
+
+@dataclass(frozen=True)
 class RoundMetrics:
     """The numbers of a round, a line of metrics.jsonl.
 
@@ -106,7 +123,9 @@ class RoundMetrics:
     images_per_second: float | None = shown(
         "images/s", ",.0f", where=Where.LOG | Where.CURVE | Where.PAGE
     )
-    bytes_moved: int | None = shown("moved", ",.0f", " MB", 1e-6)
+    bytes_moved: int | None = shown(
+        "moved", ",.0f", " MB", 1e-6, where=Where.LOG | Where.CURVE | Where.PAGE
+    )
     clients: tuple[ClientMetrics, ...] = ()
     failures: tuple[Failure, ...] = ()
     warnings: tuple[str, ...] = ()

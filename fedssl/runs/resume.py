@@ -22,10 +22,10 @@ from fedssl.runs.directory import LATEST, RunDirectory
 # What may differ from the run so far: where and how it runs, not what it learns.
 HARMLESS = {
     *("num_rounds", "num_cpus", "num_gpus", "ray_address", "precision", "resume"),
-    *("min_nodes", "node_wait_s", "min_results", "round_timeout_s", "max_step_ratio"),
+    *("min_nodes", "node_wait_s", "min_results", "round_timeout_s", "max_update_ratio"),
     *("keep_checkpoints", "output_dir", "run_dir", "cache_dir", "dataset.path", "quiet"),
 }
-HARMLESS_GROUPS = ("eval.", "figures.")
+HARMLESS_GROUPS = ("eval.", "figures.", "head.")
 
 Report = Callable[[str], None]
 
@@ -163,11 +163,31 @@ def reopen(
     checkpoint = newest_intact(run, report)
     done = checkpoint.round if checkpoint else 0
     remove_after(run.checkpoints, done)
-    rows = [row for row in run.read_metrics() if row["round"] <= done]
-    if checkpoint and not any(row["round"] == done for row in rows):
-        rows.append(dict(checkpoint.row))
-    run.write_metrics(rows)
+    rounds = [metrics for metrics in run.read_metrics() if metrics.round <= done]
+    if checkpoint and checkpoint.metrics and not any(m.round == done for m in rounds):
+        rounds.append(checkpoint.metrics)
+    run.write_metrics(rounds)
     run.write_config(config, overrides)
     where = f"after round {done}" if done else "from the start: no round was finished"
     report(f"going on with {run.path} {where}")
     return run, checkpoint
+
+
+def open_run(
+    config: DictConfig,
+    directory: Path,
+    image_set: ImageSet | None,
+    overrides: Sequence[str],
+    report: Report,
+) -> tuple[RunDirectory, Checkpoint | None]:
+    """Start a run's directory, or go back to where `resume` left off.
+
+    Args:
+        directory: of a new run.
+
+    Raises:
+        UserError: as `reopen`.
+    """
+    if config.resume is not None:
+        return reopen(config, image_set, overrides, report)
+    return RunDirectory.create(directory, config, overrides), None

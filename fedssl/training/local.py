@@ -2,32 +2,64 @@
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
+from torch.optim import Optimizer
 
+from fedssl.compute import Backend
 from fedssl.data.views import Augmentation
-from fedssl.training.optimizers import Optimization, make_optimizers
-from fedssl.training.representation import measure_health
-from fedssl.training.schedule import cosine
-from model import SimCLR, nt_xent
+from fedssl.methods.base import Method
+from fedssl.training.optimizers import OptimizerSettings, build_optimizers
+from fedssl.training.representation import measure_representation
+from fedssl.training.schedule import RoundPlan, cosine
 
-HEALTH_IMAGES = 512  # the effective rank depends on how many images it is measured on
+MEASURED_IMAGES = 512  # the effective rank depends on how many images it is measured on
 DEVICE_SHARE = 0.1  # of a GPU's free memory, which the images may take
+
+Pixels = np.ndarray | Tensor  # uint8 (N, 3, H, W), of a whole image set
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How a client trains in a round.
+
+    Attributes:
+        local_epochs: passes over the client's images.
+        batch_size: images per step; a smaller client uses the batch it can fill.
+        max_steps: steps of a round at most, 0 for no limit.
+    """
+
+    local_epochs: int
+    batch_size: int
+    max_steps: int
+    optimizer: OptimizerSettings
+
+    def steps(self, num_images: int, fraction: float) -> int:
+        """Count the steps of a round, one at least.
+
+        Args:
+            num_images: of the client, at least two.
+            fraction: of a whole round.
+        """
+        steps = self.local_epochs * (num_images // min(self.batch_size, num_images))
+        steps = min(steps, self.max_steps) if self.max_steps else steps
+        return max(1, round(fraction * steps))
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The mean NT-Xent over the steps of a round, in nats, the images used, and the pace."""
+    """The mean loss over the steps of a round, in nats, the images used, and the pace."""
 
     loss: float
     images: int
     images_per_second: float
 
 
-def hold_images(pixels: np.ndarray, device: torch.device) -> np.ndarray | Tensor:
+def cache_on_device(pixels: np.ndarray, device: torch.device) -> Pixels:
     """Put images, uint8 (N, 3, H, W), on a GPU if they are small beside its free memory.
 
     Otherwise they stay where they are, in a file that all processes share.
@@ -37,7 +69,7 @@ def hold_images(pixels: np.ndarray, device: torch.device) -> np.ndarray | Tensor
     return torch.from_numpy(np.array(pixels)).to(device)
 
 
-def take_images(pixels: np.ndarray | Tensor, rows: np.ndarray, device: torch.device) -> Tensor:
+def get_batch(pixels: Pixels, rows: np.ndarray, device: torch.device) -> Tensor:
     """Take a batch of images to the device, in ascending order of their rows."""
     rows = np.sort(rows)
     if isinstance(pixels, Tensor):
@@ -46,31 +78,27 @@ def take_images(pixels: np.ndarray | Tensor, rows: np.ndarray, device: torch.dev
 
 
 def local_train(
-    model: SimCLR,
-    images: np.ndarray | Tensor,
+    method: Method,
+    images: Pixels,
     indices: np.ndarray,
     augmentation: Augmentation,
-    settings: Optimization,
+    settings: TrainSettings,
     *,
-    length: float,
-    run_part: tuple[float, float],
+    plan: RoundPlan,
     proximal_mu: float,
     generator: Generator,
-    device: torch.device,
-    dtype: torch.dtype,
+    backend: Backend,
 ) -> TrainResult:
-    """Train the model in place on the client's images for one round.
+    """Train the method in place on the client's images for one round.
 
     Args:
-        images: uint8 (N, 3, H, W), the whole image set, see `hold_images`.
+        images: the whole image set, see `cache_on_device`.
         indices: which of them are this client's, at least two.
-        length: of this round, as a share of the steps that the settings allow; one at least.
-        run_part: where this round begins and ends within the run, from 0 to 1;
-            the learning rate is a cosine over the whole run.
+        plan: how much of the run's training this is; the learning rate is a cosine
+            over the whole run.
         proximal_mu: weight of FedProx's term, mu / 2 * |w - w_global|^2
             (https://arxiv.org/abs/1812.06127); 0 for none.
         generator: on the CPU; decides the order and the views.
-        dtype: autocast type of the forward pass and of Muon's products, float32 for none.
 
     Raises:
         ValueError: fewer than two images.
@@ -79,106 +107,105 @@ def local_train(
     if len(indices) < 2:
         raise ValueError(f"a client needs at least 2 images to train, this one has {len(indices)}")
     batch_size = min(settings.batch_size, len(indices))
-    batches_per_epoch = len(indices) // batch_size
-    steps = settings.local_epochs * batches_per_epoch
-    steps = min(steps, settings.max_steps) if settings.max_steps else steps
-    steps = max(1, round(length * steps))
-    optimizers = make_optimizers(model, settings, dtype)
-    share = batch_size / settings.batch_size
-    anchor = [p.detach().clone() for p in model.parameters()] if proximal_mu > 0 else []
-    model.train()
-    losses = torch.zeros(steps, device=device)
+    steps = settings.steps(len(indices), plan.fraction)
+    optimizers = build_optimizers(method, settings.optimizer, backend.dtype)
+    scale = batch_size / settings.batch_size  # of the learning rates
+    global_params = _copy_parameters(method) if proximal_mu > 0 else []
+    method.train()
+    losses = torch.zeros(steps, device=backend.device)
     began = time.perf_counter()
-    for step in range(steps):
-        place = step % batches_per_epoch
-        if place == 0:  # a new order, and so other negatives, in every epoch
-            order = indices[torch.randperm(len(indices), generator=generator).numpy()]
-        rows = order[place * batch_size : (place + 1) * batch_size]
-        batch = take_images(images, rows, device)
-        progress = run_part[0] + (run_part[1] - run_part[0]) * step / steps
-        losses[step] = _step(model, batch, augmentation, settings.temperature, generator, dtype)
-        if anchor:
-            _pull(model, anchor, proximal_mu)
-        for optimizer in optimizers:
-            (group,) = optimizer.param_groups
-            group["lr"] = optimizer.defaults["lr"] * share * cosine(progress)
-            optimizer.step()
-    model.zero_grad(set_to_none=True)  # the model outlives the round, gradients need not
-    loss = float(losses.mean())
-    if not math.isfinite(loss):
-        rates = ["train.learning_rate", "train.muon_learning_rate"][: len(optimizers)]
-        raise FloatingPointError(f"the training loss became {loss}; lower {' or '.join(rates)}")
+    for step, rows in enumerate(_batches(indices, batch_size, steps, generator)):
+        progress = plan.progress(step / steps)
+        views = augmentation.two_views(get_batch(images, rows, backend.device), generator)
+        with backend.autocast():
+            loss = method.loss(views)
+        method.zero_grad(set_to_none=True)
+        loss.total.backward()
+        losses[step] = loss.reported
+        add_proximal_gradient(method, global_params, proximal_mu)
+        _step(optimizers, scale * cosine(progress))
+        method.after_step(progress)
+    method.zero_grad(set_to_none=True)  # the method outlives the round, gradients need not
+    mean = float(losses.mean())
+    if not math.isfinite(mean):
+        rates = " or ".join(settings.optimizer.rates)
+        raise FloatingPointError(f"the training loss became {mean}; lower {rates}")
     elapsed = time.perf_counter() - began
-    return TrainResult(loss, steps * batch_size, steps * batch_size / elapsed)
+    return TrainResult(mean, steps * batch_size, steps * batch_size / elapsed)
 
 
-def _step(
-    model: SimCLR,
-    batch: Tensor,
-    augmentation: Augmentation,
-    temperature: float,
-    generator: Generator,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Compute the gradients of one batch, uint8 (B, 3, H, W); return the loss of the last stage.
+def _batches(
+    indices: np.ndarray, batch_size: int, steps: int, generator: Generator
+) -> Iterator[np.ndarray]:
+    """Deal out the client's images, in a new order, and so with other negatives, every epoch."""
+    per_epoch = len(indices) // batch_size
+    for step in range(steps):
+        place = step % per_epoch
+        if place == 0:
+            order = indices[torch.randperm(len(indices), generator=generator).numpy()]
+        yield order[place * batch_size : (place + 1) * batch_size]
 
-    The losses of all deep heads together count as much.
-    """
-    views = augmentation.two_views(batch, generator)
-    with torch.autocast(batch.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        projections = model.project_stages(views)
-    loss, *deep = (nt_xent(some, temperature) for some in projections)
-    total = loss + torch.stack(deep).mean() if deep else loss
-    model.zero_grad(set_to_none=True)
-    total.backward()
-    return loss.detach()
+
+def _step(optimizers: list[Optimizer], factor: float) -> None:
+    """Move the weights, with each optimizer's rate times a factor."""
+    for optimizer in optimizers:
+        (group,) = optimizer.param_groups
+        group["lr"] = optimizer.defaults["lr"] * factor
+        optimizer.step()
+
+
+def _copy_parameters(method: Method) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in method.parameters()]
 
 
 @torch.no_grad()
-def _pull(model: SimCLR, anchor: list[Tensor], mu: float) -> None:
-    """Add the gradient of FedProx's term, mu * (w - w_global)."""
-    for parameter, start in zip(model.parameters(), anchor, strict=True):
+def add_proximal_gradient(method: Method, global_params: list[Tensor], mu: float) -> None:
+    """Add the gradient of FedProx's term, mu * (w - w_global), to those of the method.
+
+    Args:
+        global_params: in the order of the method's parameters; empty for no term.
+    """
+    if not global_params:
+        return
+    for parameter, start in zip(method.parameters(), global_params, strict=True):
         if parameter.grad is not None:
             parameter.grad.add_(parameter - start, alpha=mu)
 
 
 @torch.inference_mode()
 def local_loss(
-    model: SimCLR,
-    images: np.ndarray | Tensor,
+    method: Method,
+    images: Pixels,
     indices: np.ndarray,
     augmentation: Augmentation,
     *,
     batch_size: int,
-    temperature: float,
     generator: Generator,
-    device: torch.device,
-    dtype: torch.dtype,
+    backend: Backend,
 ) -> tuple[float, dict[str, float]]:
-    """Compute the mean NT-Xent of held-out images in eval mode, in nats.
+    """Compute the mean loss of held-out images in eval mode, in nats.
 
     Args: as of `local_train`. A last batch of one image joins its neighbour.
 
     Returns:
-        The loss, and `measure_health` of the first images, at least 512 if
-        there are so many.
+        The loss, and `measure_representation` of the first images, at least 512
+        if there are so many.
 
     Raises:
         ValueError: fewer than two images.
     """
     if len(indices) < 2:
         raise ValueError(f"a held-out loss needs at least 2 images, got {len(indices)}")
-    model.eval()
+    method.eval()
     total = 0.0
     first: list[Tensor] = []
     second: list[Tensor] = []
     for rows in np.array_split(indices, max(1, len(indices) // batch_size)):
-        batch = take_images(images, rows, device)
-        views = augmentation.two_views(batch, generator)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            projections = model(views)
-        total += float(nt_xent(projections, temperature)) * len(rows)
-        if sum(map(len, first)) < HEALTH_IMAGES:
-            first.append(projections[: len(rows)])
-            second.append(projections[len(rows) :])
-    return total / len(indices), measure_health(torch.cat([*first, *second]))
+        views = augmentation.two_views(get_batch(images, rows, backend.device), generator)
+        with backend.autocast():
+            loss = method.loss(views)
+        total += float(loss.reported) * len(rows)
+        if sum(map(len, first)) < MEASURED_IMAGES:
+            first.append(loss.projections[: len(rows)])
+            second.append(loss.projections[len(rows) :])
+    return total / len(indices), measure_representation(torch.cat([*first, *second]))

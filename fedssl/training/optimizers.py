@@ -1,51 +1,43 @@
 """What moves the weights."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch.optim import Optimizer
 
+from fedssl.methods.base import Method
 from fedssl.training.muon import Muon
-from model import SimCLR
 
 
 @dataclass(frozen=True)
-class Optimization:
-    """How a client trains in a round.
+class OptimizerSettings:
+    """Which optimizer, and its rates.
 
     Attributes:
-        local_epochs: passes over the client's images.
-        batch_size: images per step; a smaller client uses the batch it can fill.
-        max_steps: steps of a round at most, 0 for no limit.
-        optimizer: "sgd" for all weights, or "muon" for all matrices and convolutions behind
+        name: "sgd" for all weights, or "muon" for all matrices and convolutions behind
             the first and SGD for the others.
-        learning_rate: SGD's peak rate at `batch_size`, scaled linearly to a smaller batch.
+        learning_rate: SGD's peak rate at the settings' batch size, scaled linearly to a
+            smaller batch.
         momentum, weight_decay: of SGD.
         muon_learning_rate, muon_momentum: of Muon, the rate in the same way.
-        temperature: of NT-Xent.
     """
 
-    local_epochs: int
-    batch_size: int
-    max_steps: int
-    optimizer: str
+    name: str
     learning_rate: float
     momentum: float
     weight_decay: float
-    muon_learning_rate: float
-    muon_momentum: float
-    temperature: float
+    muon_learning_rate: float = 0.0
+    muon_momentum: float = 0.0
+
+    @property
+    def rates(self) -> list[str]:
+        """The settings that are learning rates, to name them in messages."""
+        muon = ["optimizer.muon_learning_rate"] if self.name == "muon" else []
+        return ["optimizer.learning_rate", *muon]
 
 
-def make_optimization(spec: Mapping[str, Any]) -> Optimization:
-    """Build the settings of the `train` section."""
-    return Optimization(**{field.name: spec[field.name] for field in fields(Optimization)})
-
-
-def make_optimizers(
-    model: SimCLR, settings: Optimization, dtype: torch.dtype = torch.float32
+def build_optimizers(
+    method: Method, settings: OptimizerSettings, dtype: torch.dtype = torch.float32
 ) -> list[Optimizer]:
     """Build what moves the weights, at the peak of the learning rates.
 
@@ -53,9 +45,9 @@ def make_optimizers(
         dtype: of Muon's products; the weights and their momentum are floats.
     """
     muon, others = [], []
-    for weight in model.parameters():
-        inner = weight.dim() > 1 and weight is not model.encoder.conv1.weight
-        (muon if inner and settings.optimizer == "muon" else others).append(weight)
+    for weight in method.parameters():
+        inner = weight.dim() > 1 and weight is not method.encoder.conv1.weight
+        (muon if inner and settings.name == "muon" else others).append(weight)
     rate, momentum, decay = settings.learning_rate, settings.momentum, settings.weight_decay
     optimizers: list[Optimizer] = [
         torch.optim.SGD(others, rate, momentum=momentum, weight_decay=decay)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def measure_health(projections: Tensor) -> dict[str, float]:
+def measure_representation(projections: Tensor) -> dict[str, float]:
     """Measure how a batch's projections lie on the unit sphere.
 
     - alignment: mean squared distance of the two views of an image, from 0 to 4,

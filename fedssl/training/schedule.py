@@ -1,64 +1,81 @@
-"""What changes over the rounds: the size of the views, how long clients train, the learning rate.
+"""What changes over the rounds: resolutions, how long clients train, the learning rate.
 
-Values "for equal parts of the run" are lists of any length: with [16, 32] and seven rounds
-the first four have 16. Rounds count from 1.
+Values "for equal parts of the run" are sequences of any length: with [16, 32] and seven
+rounds the first four have 16. Rounds count from 1.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
-def value_of_round(values: Sequence[Any], round_number: int, num_rounds: int) -> Any:
-    """Choose a round's value out of some for equal parts of the run, at least one.
+@dataclass(frozen=True)
+class RoundPlan:
+    """How much of the training happens in a round.
 
-    A round past the last, as of a checkpoint from a longer run, is taken for the last.
+    Attributes:
+        fraction: of the steps that the settings allow.
+        begin, end: where the round lies within the run, from 0 to 1.
     """
-    return values[(min(round_number, num_rounds) - 1) * len(values) // num_rounds]
+
+    fraction: float
+    begin: float
+    end: float
+
+    def progress(self, part: float) -> float:
+        """Tell where a part of the round, from 0 to 1, lies within the run."""
+        return self.begin + (self.end - self.begin) * part
 
 
-def view_size(sizes: Sequence[int], image_size: int, round_number: int, num_rounds: int) -> int:
-    """Choose the side of a round's views in pixels.
+@dataclass(frozen=True)
+class Schedule:
+    """The plan of a run.
 
-    Args:
-        sizes: for equal parts of the run; empty for the size of the images.
+    Attributes:
+        image_size: side of the images in pixels.
+        train_resolutions: sides of the views in pixels, for equal parts of the run;
+            empty for the images' size.
+        whole_resolution: side in pixels of the whole images that the encoder is
+            used on; None for that of the round's views.
+        round_fractions: shares of a whole round's steps, for equal parts of the
+            run; empty for whole rounds.
     """
-    return value_of_round(sizes or [image_size], round_number, num_rounds)
 
+    num_rounds: int
+    image_size: int
+    train_resolutions: Sequence[int] = ()
+    whole_resolution: int | None = None
+    round_fractions: Sequence[float] = ()
 
-def encode_size(
-    train: Mapping[str, Any], image_size: int, round_number: int, num_rounds: int
-) -> int:
-    """Choose the side in pixels of the whole images that the encoder of a round sees.
+    def train_resolution(self, round_number: int) -> int:
+        """Choose the side of a round's views in pixels."""
+        return self._choose(self.train_resolutions or [self.image_size], round_number)
 
-    Crops magnify what they show, so that an encoder trained on views of 16 pixels
-    may know whole images of 24 better (https://arxiv.org/abs/1906.06423).
+    def eval_resolution(self, round_number: int) -> int:
+        """Choose the side in pixels of the whole images that the encoder of a round sees.
 
-    Args:
-        train: the section; without `encode_size` it is the size of the round's views.
-            Images are never enlarged.
-    """
-    views = view_size(train["view_sizes"], image_size, round_number, num_rounds)
-    return min(train.get("encode_size") or views, image_size)
+        Crops magnify what they show, so that an encoder trained on views of 16 pixels
+        may know whole images of 24 better (https://arxiv.org/abs/1906.06423). Images are
+        never enlarged.
+        """
+        side = self.whole_resolution or self.train_resolution(round_number)
+        return min(side, self.image_size)
 
+    def plan(self, round_number: int) -> RoundPlan:
+        """Give the length of a round and its place within the run."""
+        shares = self.round_fractions or [1.0]
+        fractions = [self._choose(shares, n) for n in range(1, self.num_rounds + 1)]
+        fraction, before = fractions[round_number - 1], sum(fractions[: round_number - 1])
+        total = sum(fractions)
+        return RoundPlan(fraction, before / total, (before + fraction) / total)
 
-def plan_round(
-    train: Mapping[str, Any], round_number: int, num_rounds: int
-) -> tuple[float, tuple[float, float]]:
-    """Give the length of a round, and where it begins and ends within the run, from 0 to 1.
-
-    Args:
-        train: the section, with `round_lengths` for equal parts of the run, as shares of a
-            whole round; without them, as in older runs, all rounds are whole.
-    """
-    shares = train.get("round_lengths") or [1.0]
-    lengths = [value_of_round(shares, number, num_rounds) for number in range(1, num_rounds + 1)]
-    length, before, total = (
-        lengths[round_number - 1],
-        sum(lengths[: round_number - 1]),
-        sum(lengths),
-    )
-    return length, (before / total, (before + length) / total)
+    def _choose(self, values: Sequence[T], round_number: int) -> T:
+        """Choose a round's value; one past the last, of a longer run, is taken for the last."""
+        place = min(round_number, self.num_rounds) - 1
+        return values[place * len(values) // self.num_rounds]
 
 
 def cosine(progress: float) -> float:

@@ -149,9 +149,11 @@ def test_a_clients_process_stays_small(place, digits):
     """The libraries of the partitioners are not imported where nothing has to be dealt out."""
     dealt(place, digits)
     code = (
-        "import sys, client, partitions; from utils import *; from config import load_config;"
+        "import sys, client; from fedssl.data import partitions;"
+        "from fedssl.config.compose import load_config;"
+        "from fedssl.data.image_set import ImageSet;"
         f"c = load_config('config', []); p = {str(place)!r};"
-        f"s = ImageSet(None, None, [], [], {digits.key!r}, {digits.content!r});"
+        f"s = ImageSet(None, None, [], [], {digits.key!r}, {digits.content!r}, 'digits');"
         "assert len(partitions.open_partitions(s, p, 5, dict(c.partition), 0)) == 5;"
         "print([m for m in ('datasets', 'flwr_datasets', 'pandas') if m in sys.modules])"
     )

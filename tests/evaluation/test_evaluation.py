@@ -172,7 +172,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(run, config, settings, 
 
 
 def test_images_without_labels_cannot_be_evaluated(config, settings, digits):
-    bare = ImageSet(Images(digits.train.pixels, None), None, [], [], "bare", "")
+    bare = ImageSet(Images(digits.train.pixels, None), None, [], [], "bare", "", "bare")
     with pytest.raises(UserError, match="no labels"):
         Evaluation(config, settings, bare)
 

@@ -172,7 +172,7 @@ def test_images_that_moved_are_asked_for(finished, tmp_path):
 
 def test_without_labels_the_page_says_what_it_leaves_out(finished, digits, tmp_path):
     run, config, _ = finished
-    bare = ImageSet(Images(digits.train.pixels, None), None, [], [], "bare", "")
+    bare = ImageSet(Images(digits.train.pixels, None), None, [], [], "bare", "", "bare")
     other = RunDirectory.create(tmp_path / "run", config)
     rows = [row | {"knn": None} for row in run.read_metrics()]
     other.write_metrics(rows)

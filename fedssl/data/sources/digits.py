@@ -1,24 +1,55 @@
 """The handwritten digits inside scikit-learn."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from fedssl.data.sources.base import Encoded, Source, Split, stratified_split
+from fedssl.data.sources.base import Encoded, Source, Split, Splits, split_rows
+from fedssl.errors import UserError
 
 
-def digits(test_fraction: float, seed: int) -> Source:
-    """Read scikit-learn's 1,797 handwritten digits, 8 x 8 pixels, split by the seed."""
-    from sklearn.datasets import load_digits
+@dataclass(frozen=True, kw_only=True)
+class DigitsSource(Source):
+    """scikit-learn's 1,797 handwritten digits, gray, 8 x 8 pixels.
 
-    data = load_digits()
-    pixels = (data.images * (255 / 16)).round().astype(np.uint8)
+    Attributes:
+        test_fraction: share of the test images, drawn by the seed; None: no test images.
+    """
 
-    def split(rows: np.ndarray) -> Split:
-        def read() -> Iterator[Encoded]:
-            return (Encoded(f"digit {row}", pixels[row]) for row in rows)
+    test_fraction: float | None
 
-        return Split(len(rows), read, data.target[rows].astype(np.int64))
+    @property
+    def splits_by_seed(self) -> bool:
+        """Whether a test split is drawn."""
+        return self.test_fraction is not None
 
-    train, test = stratified_split(data.target, test_fraction, seed)
-    return Source({"train": split(train), "test": split(test)}, list("0123456789"))
+    def check(self) -> None:
+        """Refuse a folder, which would be left unread.
+
+        Raises:
+            UserError: there is one.
+        """
+        if self.path:
+            raise UserError(
+                f"dataset.path={self.path}: the digits come with scikit-learn, not from a "
+                "folder; add dataset=imagefolder for your own images"
+            )
+
+    def read(self, seed: int, scratch: Path) -> Splits:
+        """Load the digits, the sixteen grays stretched to 0 to 255."""
+        from sklearn.datasets import load_digits
+
+        data = load_digits()
+        pixels = (data.images * (255 / 16)).round().astype(np.uint8)
+        labels = data.target.astype(np.int64)
+
+        def split(rows: np.ndarray) -> Split:
+            def read() -> Iterator[Encoded]:
+                return (Encoded(f"digit {row}", pixels[row]) for row in rows)
+
+            return Split(len(rows), read, labels[rows])
+
+        parts = split_rows(len(pixels), labels, self.test_fraction, seed)
+        return Splits({name: split(rows) for name, rows in parts.items()}, list("0123456789"))

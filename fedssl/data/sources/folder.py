@@ -2,52 +2,93 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from fedssl.data.sources.base import Encoded, Source, Split, stratified_split
+from fedssl.data.sources.base import Encoded, Source, Split, Splits, split_rows
 from fedssl.errors import UserError
 
 
-def image_folder(root: Path, use_labels: bool, test_fraction: float, seed: int) -> Source:
-    """Read a folder of images of any size and mode.
+@dataclass(frozen=True, kw_only=True)
+class FolderSource(Source):
+    """A folder of images of any size and mode.
 
-    Layouts: `train/` and `test/` below the root, or everything in one place;
+    Layouts: `train/` and `test/` below `path`, or everything in one place;
     each either class folders (then there are labels) or images at any depth.
-    Labelled images without `test/` are split by the seed.
 
-    Raises:
-        UserError: no image there, or a test folder with other classes.
+    Attributes:
+        path: None: each client has a folder of its own, and here there is none.
+        labels: False: class folders are mere folders.
+        test_fraction: share of labelled images without `test/` that become test
+            images, drawn by the seed; None: none.
     """
-    has_splits = (root / "train").is_dir()
-    train_root = root / "train" if has_splits else root
-    files, labels, classes = _label_images(train_root, use_labels)
-    if not files:
-        raise UserError(
-            f"dataset.path={root}: no image found (looked for {', '.join(extensions())})"
-        )
-    if has_splits and (root / "test").is_dir():
-        test_files, test_labels, test_classes = _label_images(root / "test", use_labels)
-        if labels is not None and test_labels is not None and test_classes != classes:
-            odd = sorted(set(classes) ^ set(test_classes))
-            raise UserError(
-                f"dataset.path={root}: train/ and test/ hold different classes ({odd[0]} is "
-                "in one only); give both the same class folders"
-            )
+
+    labels: bool
+    test_fraction: float | None
+
+    @property
+    def is_here(self) -> bool:
+        """Whether a folder is given."""
+        return bool(self.path)
+
+    @property
+    def splits_by_seed(self) -> bool:
+        """Whether a test split may be drawn."""
+        return self.labels and self.test_fraction is not None
+
+    def check(self) -> None:
+        """Find out whether there is a folder with something in it.
+
+        Raises:
+            UserError: none is given, or it is missing, empty or no folder.
+        """
+        self._folder()
+        super().check()
+
+    def read(self, seed: int, scratch: Path) -> Splits:
+        """List the images and their classes.
+
+        Raises:
+            UserError: no image there, or a test folder with other classes.
+        """
+        root = self._folder()
+        has_splits = (root / "train").is_dir()
+        files, labels, classes = _label_images(root / "train" if has_splits else root, self.labels)
+        if not files:
+            known = ", ".join(extensions())
+            raise UserError(f"{self.place}: no image found (looked for {known})")
+        if has_splits and (root / "test").is_dir():
+            tests, test_labels, test_classes = _label_images(root / "test", self.labels)
+            if labels is not None and test_labels is not None and test_classes != classes:
+                odd = sorted(set(classes) ^ set(test_classes))
+                raise UserError(
+                    f"{self.place}: train/ and test/ hold different classes ({odd[0]} is "
+                    "in one only); give both the same class folders"
+                )
+            train, test = _files_split(files, labels), _files_split(tests, test_labels)
+            return Splits({"train": train, "test": test}, classes)
+        parts = split_rows(len(files), labels, self.test_fraction, seed)
         splits = {
-            "train": _files_split(files, labels),
-            "test": _files_split(test_files, test_labels),
+            name: _files_split([files[i] for i in rows], None if labels is None else labels[rows])
+            for name, rows in parts.items()
         }
-    elif labels is None:
-        splits = {"train": _files_split(files, None)}
-    else:
-        rows = stratified_split(labels, test_fraction, seed)
-        splits = {
-            name: _files_split([files[i] for i in part], labels[part])
-            for name, part in zip(("train", "test"), rows, strict=True)
-        }
-    return Source(splits, classes)
+        return Splits(splits, classes)
+
+    def _folder(self) -> Path:
+        if self.root is None:
+            raise UserError("dataset=imagefolder needs a folder: add dataset.path=DIR")
+        return self.root
+
+
+def own_folder(path: str, name: str) -> FolderSource:
+    """Make a client's own folder its source: all images are for training, without labels.
+
+    Args:
+        name: of the run's data set.
+    """
+    return FolderSource(name=name, path=path, labels=False, test_fraction=None)
 
 
 def extensions() -> tuple[str, ...]:

@@ -1,0 +1,1 @@
+"""Self-supervised methods: what each of them adds to an encoder."""

@@ -1,0 +1,64 @@
+"""What a self-supervised method is to the rest of the project."""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from fedssl.networks.encoder import Encoder
+
+
+class Losses(NamedTuple):
+    """What a method makes of a batch of views.
+
+    Attributes:
+        total: what training minimizes, a scalar.
+        reported: what the run shows of it, a scalar, without gradient.
+        projections: (2B, D), without gradient, for the metrics of the
+            representation; rows i and i + B show the same image.
+    """
+
+    total: Tensor
+    reported: Tensor
+    projections: Tensor
+
+
+class Method(nn.Module, ABC):
+    """An encoder and what a method trains it with.
+
+    Attributes:
+        encoder: what is left of the method when training has ended.
+    """
+
+    encoder: Encoder
+
+    @abstractmethod
+    def loss(self, views: Tensor) -> Losses:
+        """Compute the loss of views (2B, 3, H, W) in [0, 1], B at least 2.
+
+        Rows i and i + B are the two views of one image. Called under autocast, in
+        train mode for the steps of training and in eval mode for held-out images.
+        """
+
+    def after_step(self, progress: float) -> None:
+        """Do what follows a step of the optimizer, such as moving a momentum target.
+
+        Args:
+            progress: where the step lies within the run, from 0 to 1.
+        """
+        return
+
+    def local_names(self) -> frozenset[str]:
+        """Name the arrays of the state that never travel and stay with each client."""
+        return frozenset()
+
+    def shared_state(self) -> dict[str, Tensor]:
+        """Give the state that travels: all of it but `local_names`."""
+        local = self.local_names()
+        return {name: value for name, value in self.state_dict().items() if name not in local}
+
+
+def local_arrays(method: Method) -> dict[str, Tensor]:
+    """Copy the arrays of a method's state that never travel."""
+    state = method.state_dict()
+    return {name: state[name].clone() for name in sorted(method.local_names())}
