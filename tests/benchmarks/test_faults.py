@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 
 def test_every_fault_of_a_client_is_met_as_expected():
     command = [sys.executable, "-m", "benchmarks.robustness.faults", "--parts", "clients"]
