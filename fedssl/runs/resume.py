@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedssl.config.compose import flatten, load_config
+from fedssl.config.compose import flatten, flatten_mapping, load_config
 from fedssl.errors import WARNING, UserError
 from fedssl.files import remove_partial
 from fedssl.runs.checkpoints import (
@@ -95,7 +95,7 @@ def check_continuation(wanted: Continuation) -> Checkpoint | None:
             result, there are fewer rounds than are done, or nothing is left.
     """
     run = wanted.find_run()
-    check_same(flatten(wanted.settings), flatten(run.load_config()))
+    check_same(flatten_mapping(wanted.settings), flatten(run.load_config()))
     checkpoint = newest_intact(run, lambda line: None)
     if checkpoint is None:
         return None
