@@ -16,8 +16,8 @@ from PIL import Image
 
 from fedssl.config.compose import load_config
 from fedssl.data.cache import open_image_set
+from fedssl.data.sources.digits import DigitsSource
 from fedssl.env import ROOT
-from utils import build_model, open_source
 
 CIFAR10 = Path(os.environ.get("CIFAR10_DIR", ROOT.parent / "shared" / "data" / "cifar10"))
 CPU = torch.device("cpu")
@@ -105,12 +105,8 @@ def config(cache_dir, tmp_path):
 
 @pytest.fixture(scope="session")
 def digits(cache_dir):
-    return open_images(open_source(load_config("config", []).dataset), 8, cache_dir)
-
-
-@pytest.fixture
-def model(config):
-    return build_model(config.model, config.dataset, 0, CPU)
+    source = DigitsSource(name="digits", source="digits", path=None, test_fraction=0.2)
+    return open_images(source, 8, cache_dir)
 
 
 @pytest.fixture
