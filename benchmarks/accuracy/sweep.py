@@ -8,7 +8,7 @@ Every run is `python main.py` with an experiment and a few overrides, and some a
 evaluated again with other numbers of labels. Their small files go to
 results/NAME/seedN: configuration, metrics of every round, evaluations with commit,
 versions and hardware, and the commands with their wall times. What is there already
-is skipped. `python -m benchmarks.accuracy.tables` then writes the README's tables.
+is skipped. `python -m benchmarks.accuracy.tables` then writes the tables of docs/results.md.
 """
 
 import argparse
@@ -28,7 +28,7 @@ RESULTS = ROOT / "results"
 SEEDS = (0, 1, 2)
 # In a comparison the images and steps of all clients together are the same: 840 steps of 64.
 TWO_CLASSES = ("partition=pathological", "partition.classes_per_client=2")
-COMPARED: dict[str, tuple[str, Sequence[str]]] = {  # title in the README, and overrides
+COMPARED: dict[str, tuple[str, Sequence[str]]] = {  # title in the table, and overrides
     "clients-5": ("5 clients, IID, FedAvg", ()),
     "centralized": (
         "centralized: one client with all images",
@@ -56,7 +56,7 @@ COMPARED: dict[str, tuple[str, Sequence[str]]] = {  # title in the README, and o
     ),
     "short-first-rounds": (
         "5 clients, IID, FedAvg, first rounds short",
-        ("train.max_steps=35", "train.round_lengths=[0.2,0.4,0.6,0.8,0.8,1,1]"),
+        ("train.max_steps=35", "train.round_fractions=[0.2,0.4,0.6,0.8,0.8,1,1]"),
     ),
     "fedavgm": ("5 clients, IID, FedAvgM", ("strategy=fedavgm",)),
     "fedadam": ("5 clients, IID, FedAdam", ("strategy=fedadam",)),
@@ -88,8 +88,8 @@ EVALUATIONS: dict[str, list[list[str]]] = {
     f"sweep/{FIRST}": [
         ["label_fraction=0.01"],
         ["label_fraction=1.0", "seeds=1"],
-        ["mode=finetune", "seeds=1", "baselines=false", "batch_size=64"],
-        ["mode=supervised", "seeds=1", "baselines=false", "supervised.epochs=20"],
+        ["eval=finetune", "seeds=1", "baselines=false", "batch_size=64"],
+        ["eval=supervised", "seeds=1", "baselines=false", "epochs=20"],
     ],
     "sweep/centralized": [
         ["label_fraction=0.01", "baselines=false"],

@@ -1,15 +1,14 @@
-"""Write the README's tables of accuracy from the recorded runs.
+"""Write the tables of the README and of docs/ from the recorded runs.
 
 python -m benchmarks.accuracy.tables
 
-A table stands between two comments in the README, `<!-- NAME -->` and `<!-- end -->`.
+A table stands between two comments of a page, `<!-- NAME -->` and `<!-- end -->`.
 What has not been recorded is an empty cell or no line.
 """
 
 import json
 import re
 import statistics
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,13 +16,14 @@ from benchmarks.accuracy.sweep import COMPARED
 from fedssl.env import ROOT
 
 RESULTS = ROOT / "results"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 DIGITS = (
     ("federated SimCLR", "linear head"),
     ("federated SimCLR", "kNN"),
     ("random encoder", "linear head"),
     ("raw pixels", "logistic regression"),
 )
-BUDGET_TITLES = {  # what the README calls the runs
+BUDGET_TITLES = {  # what the pages call the runs
     "cifar10_cpu": "`cifar10_cpu`",
     "cifar10_cpu_client_alone": "one of its clients alone",
     "cifar10_cpu_centralized": "all its images in one place",
@@ -150,23 +150,33 @@ TABLES: dict[str, Callable[[], list[str]]] = {
 
 
 def fill(text: str) -> str:
-    """Put the tables of recorded runs in their places.
+    """Put the tables of recorded runs in their places on a page.
 
     Raises:
-        ValueError: a table has no place.
+        ValueError: a place has no end.
     """
     for name, table in TABLES.items():
-        start, _, rest = text.partition(f"<!-- {name} -->\n")
-        after = rest.partition("<!-- end -->")[2]
-        if not after:
-            raise ValueError(f"no place for the table {name!r}")
-        text = f"{start}<!-- {name} -->\n" + "\n".join(table()) + f"\n<!-- end -->{after}"
+        before, place, rest = text.partition(f"<!-- {name} -->\n")
+        if not place:
+            continue
+        _, end, after = rest.partition("<!-- end -->")
+        if not end:
+            raise ValueError(f"the place of the table {name!r} has no end")
+        text = f"{before}{place}" + "\n".join(table()) + f"\n{end}{after}"
     return text
 
 
+def main() -> None:
+    """Fill all pages and say which ones changed."""
+    pages = {page: page.read_text() for page in PAGES}
+    for name in TABLES:
+        if not any(f"<!-- {name} -->\n" in text for text in pages.values()):
+            raise SystemExit(f"no page has a place for the table {name!r}: <!-- {name} -->")
+    for page, text in pages.items():
+        filled = fill(text)
+        page.write_text(filled)
+        print(f"{page.relative_to(ROOT)}: {'as it was' if filled == text else 'written'}")
+
+
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    before = readme.read_text()
-    after = fill(before)
-    readme.write_text(after)
-    sys.exit(print("written" if after != before else "as it was"))
+    main()

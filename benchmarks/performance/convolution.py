@@ -1,8 +1,8 @@
-"""How much faster convolution.py makes a 3x3 convolution, forward and backward, in float32.
+"""How much faster our 3x3 convolution is, forward and backward, in float32.
 
     python -m benchmarks.performance.convolution --out=results/convolution.json
 
-PyTorch's own convolution and ours in turns, in one process, for the maps of a ResNet-18;
+PyTorch's own and that of fedssl/networks/convolution.py in turns, in one process, for the maps of a ResNet-18;
 medians. Ratios mean something; absolute figures depend on the machine.
 """
 

@@ -5,7 +5,7 @@
 Three ways to train the same encoder on the same images, measured alternately in
 one process, in images per second:
 
-- ours: `client.local_train` as it runs in a client;
+- ours: `local_train` as it runs in a client;
 - bare: the same encoder, batch, precision and optimizer on random tensors that
   lie ready: no data, no augmentation, no projection head, a sum for a loss;
 - usual: torchvision's transforms on one PIL image after the other in a
@@ -21,141 +21,90 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from omegaconf import DictConfig
+from torch import nn
 from torchvision import transforms
-from torchvision.transforms import v2
 
-from fedssl.compute import choose_device, choose_dtype
+from benchmarks.performance.usual import batched_transform, make_loader
+from fedssl.compute import Backend, choose_backend
 from fedssl.config.compose import load_config
-from fedssl.data.cache import open_image_set
-from fedssl.data.views import make_augmentation
 from fedssl.federation.resources import count_cores
 from fedssl.runs.provenance import provenance
 from fedssl.seeding import generator_for
 from fedssl.training.local import local_train
-from fedssl.training.optimizers import make_optimization
+from fedssl.training.schedule import RoundPlan
 from model import nt_xent
-from utils import build_model, open_source
+from utils import build_method, build_train_settings, build_views, open_images
 
 CASES = [("resnet18", "imagenet"), ("resnet18", "conv3x3_stride1"), ("resnet50", "imagenet")]
-
-
-class Views(Dataset):
-    """The usual way: each image is a PIL image, its two views are made one by one."""
-
-    def __init__(self, pixels: np.ndarray, augment: Callable) -> None:
-        self.pixels, self.augment = pixels, augment
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
-        image = Image.fromarray(self.pixels[row].transpose(1, 2, 0))
-        return self.augment(image), self.augment(image)
-
-
-def usual_transform(size: int) -> Callable:
-    """SimCLR's transforms for CIFAR-10 as tutorials write them, strengths as ours."""
-    jitter = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)
-    return transforms.Compose(
-        [
-            transforms.RandomResizedCrop(size, scale=(0.2, 1.0)),
-            transforms.RandomHorizontalFlip(),
-            transforms.RandomApply([jitter], p=0.8),
-            transforms.RandomGrayscale(0.1),
-            transforms.ToTensor(),
-        ]
-    )
-
-
-def batched_transform(size: int) -> Callable:
-    """Write the same with torchvision's v2, for tensors."""
-    jitter = v2.ColorJitter(0.4, 0.4, 0.4, 0.1)
-    return v2.Compose(
-        [
-            v2.RandomResizedCrop(size, scale=(0.2, 1.0), antialias=True),
-            v2.RandomHorizontalFlip(),
-            v2.RandomApply([jitter], p=0.8),
-            v2.RandomGrayscale(0.1),
-            v2.ToDtype(torch.float32, scale=True),
-        ]
-    )
-
-
-def make_loader(pixels: np.ndarray, side: int, batch: int, workers: int, cuda: bool) -> DataLoader:
-    """Load views the usual way, with a worker process per core."""
-    views = Views(pixels, usual_transform(side))
-    return DataLoader(
-        views, batch, shuffle=True, drop_last=True, num_workers=workers, pin_memory=cuda
-    )
 
 
 class Contest:
     """The three ways for one encoder and batch, each ready to do some steps."""
 
-    def __init__(self, config, pixels: np.ndarray, device: torch.device, workers: int) -> None:
-        self.config, self.pixels, self.device = config, pixels, device
-        self.dtype = choose_dtype(config.precision, device)
-        self.batch = config.train.batch_size
-        self.settings = make_optimization(config.train)
-        self.augmentation = make_augmentation(config.augment, config.dataset.image_size)
-        self.ours_model = build_model(config.model, config.dataset, 0, device)
-        self.bare_model = build_model(config.model, config.dataset, 0, device)
-        self.usual_model = self._usual_model()
+    def __init__(
+        self, config: DictConfig, pixels: np.ndarray, backend: Backend, workers: int
+    ) -> None:
+        self.config, self.pixels, self.backend = config, pixels, backend
+        self.settings = build_train_settings(config)
+        self.batch = self.settings.batch_size
+        self.augmentation = build_views(config)
+        self.ours_method = build_method(config, backend.device)
+        self.bare_encoder = build_method(config, backend.device).encoder
+        self.usual_network = self._usual_network()
         side = config.dataset.image_size
-        self.random_views = torch.rand(2 * self.batch, 3, side, side, device=device)
+        self.random_views = torch.rand(2 * self.batch, 3, side, side, device=backend.device)
         self.random_views = self.random_views.contiguous(memory_format=torch.channels_last)
-        self.loader = make_loader(pixels, side, self.batch, workers, device.type == "cuda")
+        cuda = backend.device.type == "cuda"
+        self.loader = make_loader(pixels, side, self.batch, workers, cuda)
 
-    def _usual_model(self) -> nn.Module:
+    def _usual_network(self) -> nn.Module:
         """Build the same network from torchvision's layers, in the usual memory format."""
-        model = build_model(self.config.model, self.config.dataset, 0, self.device)
+        method = build_method(self.config, self.backend.device)
         plain = getattr(torchvision.models, self.config.model.encoder)(weights=None)
         if self.config.model.stem != "imagenet":
             plain.conv1, plain.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
         plain.fc = nn.Identity()
-        model.encoder = plain
-        return model.to(self.device, memory_format=torch.contiguous_format)
+        dataset = self.config.dataset
+        normalize = transforms.Normalize(list(dataset.mean), list(dataset.std))
+        network = nn.Sequential(normalize, plain, method.projection_head)
+        return network.to(self.backend.device, memory_format=torch.contiguous_format)
 
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+    def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         """Build the optimizer that local training uses."""
-        s = self.settings
+        s = self.settings.optimizer
         return torch.optim.SGD(
-            model.parameters(), s.learning_rate, s.momentum, weight_decay=s.weight_decay
+            network.parameters(), s.learning_rate, s.momentum, weight_decay=s.weight_decay
         )
 
     def ours(self, steps: int) -> float:
         """Train as a client does; give images per second."""
         result = local_train(
-            self.ours_model,
+            self.ours_method,
             self.pixels,
             np.arange(len(self.pixels)),
             self.augmentation,
-            make_optimization({**self.config.train, "max_steps": steps, "local_epochs": 1000}),
-            length=1.0,
-            run_part=(0, 0.1),
+            replace(self.settings, max_steps=steps, local_epochs=1000),
+            plan=RoundPlan(1.0, 0.0, 0.1),
             proximal_mu=0.0,
             generator=generator_for(0, "benchmark"),
-            device=self.device,
-            dtype=self.dtype,
+            backend=self.backend,
         )
         return result.images_per_second
 
     def bare(self, steps: int) -> float:
         """Do nothing but the encoder's forward and backward pass and the optimizer's step."""
-        encoder = self.bare_model.encoder.train()
+        encoder = self.bare_encoder.train()
         optimizer = self.optimizer(encoder)
-        enabled = self.dtype != torch.float32
 
         def step() -> None:
-            with torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled):
+            with self.backend.autocast():
                 features = encoder(self.random_views)
             optimizer.zero_grad(set_to_none=True)
             features.float().sum().backward()
@@ -165,17 +114,14 @@ class Contest:
 
     def usual(self, steps: int) -> float:
         """Train as most tutorials do."""
-        model = self.usual_model.train()
-        optimizer = self.optimizer(model)
+        network = self.usual_network.train()
+        optimizer = self.optimizer(network)
         batches = iter(self.loader)  # workers of its own, which end with it
 
         def step() -> None:
-            first, second = (view.to(self.device, non_blocking=True) for view in next(batches))
-            projections = [
-                model.projection_head(model.encoder((view - model.mean) / model.std))
-                for view in (first, second)
-            ]
-            loss = nt_xent(torch.cat(projections), self.settings.temperature)
+            views = (view.to(self.backend.device, non_blocking=True) for view in next(batches))
+            projections = torch.cat([network(view) for view in views])
+            loss = nt_xent(projections, self.config.method.temperature)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -185,16 +131,18 @@ class Contest:
         return self._timed(step, steps)
 
     def _timed(self, step: Callable[[], None], steps: int) -> float:
-        self._wait()
+        wait_for(self.backend.device)
         began = time.perf_counter()
         for _ in range(steps):
             step()
-        self._wait()
+        wait_for(self.backend.device)
         return steps * self.batch / (time.perf_counter() - began)
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def compare(contest: Contest, seconds: float, repeats: int) -> dict:
@@ -221,23 +169,23 @@ def compare(contest: Contest, seconds: float, repeats: int) -> dict:
     }
 
 
-def compare_augmentations(config, pixels: np.ndarray, device: torch.device, workers: int) -> dict:
+def compare_augmentations(
+    config: DictConfig, pixels: np.ndarray, device: torch.device, workers: int
+) -> dict:
     """Time two views of a batch of 512, three ways, in milliseconds."""
     count, side = 512, config.dataset.image_size
     batch = torch.from_numpy(pixels[:count].copy()).to(device)
-    ours = make_augmentation(config.augment, side)
+    ours = build_views(config)
     generator = generator_for(0, "benchmark")
     batched = batched_transform(side)
 
     def time_tensors(way: Callable[[], object], repeats: int = 30) -> float:
         way()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(device)
         began = time.perf_counter()
         for _ in range(repeats):
             way()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(device)
         return 1000 * (time.perf_counter() - began) / repeats
 
     def time_loader(batches: int = 30) -> float:
@@ -273,11 +221,10 @@ def main() -> None:
     given = parser.parse_args()
     base = ["dataset=cifar10", f"dataset.path={given.path}"]
     config = load_config("config", base)
-    device, workers, measured = choose_device(), count_cores(), provenance()
+    backend, workers, measured = choose_backend("auto"), count_cores(), provenance()
     torch.set_num_threads(workers)
-    places = (config.dataset.image_size, config.cache_dir, 0)
-    pixels = np.array(open_image_set(open_source(config.dataset), *places).train.pixels)
-    augmentation = compare_augmentations(config, pixels, device, workers)
+    pixels = np.array(open_images(config).train.pixels)
+    augmentation = compare_augmentations(config, pixels, backend.device, workers)
     print("two views of 512 images")
     for name, value in augmentation["milliseconds"].items():
         print(f"  {name:32}{value:9.1f} ms")
@@ -287,7 +234,7 @@ def main() -> None:
         encoder, stem = case.split("/")
         for batch in given.batches:
             changes = [f"model={encoder}", f"model.stem={stem}", f"train.batch_size={batch}"]
-            contest = Contest(load_config("config", [*base, *changes]), pixels, device, workers)
+            contest = Contest(load_config("config", [*base, *changes]), pixels, backend, workers)
             row = {"encoder": encoder, "stem": stem, "batch": batch}
             row |= compare(contest, given.seconds, given.repeats)
             rows.append(row)
@@ -303,7 +250,7 @@ def main() -> None:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         command = f"python -m benchmarks.performance.speed --path DIR --seconds {given.seconds:g}"
         result = {"command": command, "augmentation": augmentation, "rows": rows}
-        result |= {"precision": str(choose_dtype("auto", device)), "measured": measured}
+        result |= {"precision": str(backend.dtype), "measured": measured}
         given.out.write_text(json.dumps(result, indent=2) + "\n")
 
 

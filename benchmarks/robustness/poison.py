@@ -3,7 +3,7 @@
     python -m benchmarks.robustness.poison --out results/poison.json
 
 Client 1 trains as all do, but sends the global weights minus FACTOR times its
-own step; BatchNorm's statistics it leaves alone, since variances below zero are
+own update; BatchNorm's statistics it leaves alone, since variances below zero are
 refused at once. Each run is `python main.py` on digits with its defaults otherwise; told
 is the linear head on 10 % of the labels, and the kNN accuracy after the last round.
 """
@@ -14,23 +14,23 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from flwr.app import Context, Message, MessageType
+from flwr.app import ArrayRecord, Context, Message, MessageType
 
 import main as program
 from client import make_client_app, simulated
 from fedssl.config.compose import load_config
-from fedssl.federation.messages import pack_state, unpack_state
+from fedssl.federation.messages import ARRAYS
 from fedssl.runs.directory import RunDirectory
 from fedssl.runs.provenance import provenance
-from test import evaluate_run
+from utils import evaluate_run
 
 HOSTILE = 1
-UNGUARDED = ["max_step_ratio=null"]
+UNGUARDED = ["max_update_ratio=null"]
 CASES: list[tuple[str, float, list[str]]] = [  # name, factor (0: all are honest), overrides
     ("FedAvg", 0, UNGUARDED),
     ("FedAvg", 5, UNGUARDED),
     ("FedAvg, steps up to 10 times the median (default)", 5, []),
-    ("FedAvg, steps up to 3 times the median", 5, ["max_step_ratio=3"]),
+    ("FedAvg, steps up to 3 times the median", 5, ["max_update_ratio=3"]),
     ("Krum", 5, [*UNGUARDED, "strategy=krum"]),
     ("FedMedian", 5, [*UNGUARDED, "strategy=fedmedian"]),
     ("FedTrimmedAvg", 5, [*UNGUARDED, "strategy=fedtrimmedavg"]),
@@ -40,19 +40,19 @@ CASES: list[tuple[str, float, list[str]]] = [  # name, factor (0: all are honest
 
 
 def make_mod(factor: float) -> Callable:
-    """Make a Flower mod that reverses and scales the hostile client's step."""
+    """Make a Flower mod that reverses and scales the hostile client's update."""
 
     def reverse(message: Message, context: Context, call_next: Callable) -> Message:
         training = message.metadata.message_type == MessageType.TRAIN
         if not training or int(context.node_config["partition-id"]) != HOSTILE:
             return call_next(message, context)
-        start = unpack_state(message.content["arrays"])
+        start = message.content.array_records[ARRAYS].to_torch_state_dict()
         reply = call_next(message, context)
-        state = unpack_state(reply.content["arrays"])
+        state = reply.content.array_records[ARRAYS].to_torch_state_dict()
         for name, tensor in state.items():
-            if tensor.is_floating_point() and "running" not in name:
+            if "running" not in name:
                 state[name] = start[name] - factor * (tensor - start[name])
-        reply.content["arrays"] = pack_state(state)
+        reply.content[ARRAYS] = ArrayRecord(state)
         return reply
 
     return reverse
@@ -65,10 +65,11 @@ def run_once(folder: Path, overrides: list[str], factor: float) -> dict:
     resources, image_set = program.prepare(config)
     config.num_cpus, config.num_gpus = resources.num_cpus, resources.num_gpus
     run = RunDirectory.create(folder / f"run{len(list(folder.iterdir()))}", config)
-    app = make_client_app(simulated(config), mods=[make_mod(factor)] if factor else [])
-    program.simulate(config, resources, image_set, run, client_app=app)
-    result = evaluate_run(run, config, config.eval, image_set, run.last_checkpoint())
-    heads = {row["encoder"]: row for row in result["rows"] if row["method"].startswith("linear")}
+    clients = make_client_app(simulated(config), mods=[make_mod(factor)] if factor else [])
+    program.train(config, resources, image_set, run, clients=clients)
+    evaluate_run(run, config, config.eval, image_set, run.last_checkpoint())
+    rows = run.read_results()[-1]["rows"]
+    heads = {row["encoder"]: row for row in rows if row["method"] == "linear head"}
     rounds = run.read_metrics()
     return {
         "linear_head": heads["federated SimCLR"]["mean"],
