@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from client import Identity, make_client_app
 from fedssl.config.compose import load_config
+from fedssl.config.moved import modernize_overrides
 from fedssl.data.cache import open_image_set
 from fedssl.data.image_set import ImageSet
 from fedssl.errors import UserError
@@ -119,7 +120,10 @@ def main(grid: Grid, context: Context) -> None:
 
     config: DictConfig = OmegaConf.create(config_text(context))
     image_set = open_servers_images(config)
-    overrides = shlex.split(str(context.run_config.get("hydra-overrides", "")))
+    given = shlex.split(str(context.run_config.get("hydra-overrides", "")))
+    overrides, notices = modernize_overrides(given)
+    for notice in notices:
+        log.info(notice)
     checkpoint = None
     if config.resume is None:
         run = RunDirectory.create(Path(config.run_dir), config, overrides)

@@ -114,6 +114,7 @@ def modernize(config: DictConfig) -> DictConfig:
     }
     sections["eval"] = _evaluation(evaluation, _complete("head", sections["head"]))
     top = defaults_of(MainSettings)
+    top["run_dir"] = top["output_dir"]  # where it was is not known any more, and plays no part
     monitor = top["monitor"] | old.get("monitor", {})
     renamed = {RENAMED.get(key, key): value for key, value in old.items()}
     whole = {group: _complete(group, sections.get(group, old[group])) for group in GROUPS}
