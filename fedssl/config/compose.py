@@ -43,7 +43,7 @@ def flatten(config: DictConfig) -> dict[str, Any]:
 
 def to_mapping(config: DictConfig) -> dict[str, Any]:
     """Turn a configuration into dictionaries and lists, every interpolation resolved."""
-    values: Any = OmegaConf.to_container(config, resolve=True)
+    values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     return {str(key): value for key, value in values.items()}
 
 

@@ -147,6 +147,7 @@ def test_main_and_test_share_the_protocol(protocol):
         ("optimizer.name=adam", "optimizer.name=adam: known: sgd, muon"),
         ("~train.batch_size", "train.batch_size: missing"),
         ("~partition", "partition: missing; choose an option"),
+        ("output_dir=???", "output_dir"),
         ("monitor=5", "monitor=5: must be a section"),
         ("monitor.bank=0", "monitor.bank=0: must be at least 1"),
         ("quiet=1", "quiet=1: must be true or false"),
