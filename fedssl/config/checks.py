@@ -170,9 +170,17 @@ def _reason(error: ErrorDetails, field: FieldInfo) -> str:
 
 def unknown_key(key: str, known: Mapping[str, Any]) -> str:
     """Say in one line that there is no such key, and which one may have been meant."""
+    group, _, inner = key.partition(".")
+    models = GROUPS[group].models if group in GROUPS else {}
+    having = [
+        told.rpartition(".")[2] for told, model in models.items() if inner in model.model_fields
+    ]
     keys = [*GROUPS, *(name for name in known if name != key)]
     close = get_close_matches(key, keys, n=1) or [k for k in keys if k.endswith(f".{key}")]
-    hint = f"did you mean {close[0]}?" if close else "see --help for the known ones"
+    if having and inner:
+        hint = f"only {' and '.join(having)} has it"
+    else:
+        hint = f"did you mean {close[0]}?" if close else "see --help for the known ones"
     return f"{key}: unknown key; {hint}"
 
 

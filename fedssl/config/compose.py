@@ -43,7 +43,7 @@ def flatten(config: DictConfig) -> dict[str, Any]:
 
 def to_mapping(config: DictConfig) -> dict[str, Any]:
     """Turn a configuration into dictionaries and lists, every interpolation resolved."""
-    values: Any = OmegaConf.to_container(config, resolve=True)
+    values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     return {str(key): value for key, value in values.items()}
 
 
@@ -115,7 +115,7 @@ def _explain(name: str, message: str, given: Sequence[str]) -> str:
         return unknown_key(unknown[1], _known(name, given))
     culprit = next((override for override in given if override in message), "")
     reason = message.strip().splitlines()[0] if message.strip() else "not understood"
-    if "pars" in message or "mismatched input" in message:
+    if any(word in message for word in ("pars", "mismatched input", "Lexer")):
         return (
             f"{culprit or ' '.join(given)}: not of the form key=value; quote odd characters, "
             "as in 'dataset.path=\"a=b\"'"

@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from math import inf, isfinite
 from typing import Annotated, Any
 
+from omegaconf import MISSING
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
@@ -98,13 +99,18 @@ def key_of(section: type[Section], field: str) -> str:
     return section.model_fields[field].alias or field
 
 
-def defaults_of(section: type[Section]) -> dict[str, Any]:
-    """List the defaults of a section, those of sections inside it too."""
+def layout_of(section: type[Section]) -> dict[str, Any]:
+    """List the keys of a section in their order, with their defaults or OmegaConf's `???`."""
     found: dict[str, Any] = {}
     for name, field in section.model_fields.items():
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, Section):
-            found[key_of(section, name)] = defaults_of(inner)
-        elif not field.is_required():
-            found[key_of(section, name)] = field.default
+            found[key_of(section, name)] = layout_of(inner)
+        else:
+            found[key_of(section, name)] = MISSING if field.is_required() else field.default
     return found
+
+
+def defaults_of(section: type[Section]) -> dict[str, Any]:
+    """List the defaults of a section, those of sections inside it too."""
+    return {key: value for key, value in layout_of(section).items() if value != MISSING}

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
-from fedssl.config.fields import Instance, Section, defaults_of
+from fedssl.config.fields import Instance, Section, defaults_of, layout_of
 from fedssl.config.schema import GROUPS, MainSettings
 
 RENAMED = {
@@ -114,6 +114,7 @@ def modernize(config: DictConfig) -> DictConfig:
     }
     sections["eval"] = _evaluation(evaluation, _complete("head", sections["head"]))
     top = defaults_of(MainSettings)
+    top["run_dir"] = top["output_dir"]  # where it was is not known any more, and plays no part
     monitor = top["monitor"] | old.get("monitor", {})
     renamed = {RENAMED.get(key, key): value for key, value in old.items()}
     whole = {group: _complete(group, sections.get(group, old[group])) for group in GROUPS}
@@ -121,9 +122,10 @@ def modernize(config: DictConfig) -> DictConfig:
 
 
 def _complete(group: str, section: Mapping[str, Any]) -> dict[str, Any]:
-    """Put the defaults below what a section has."""
-    model = GROUPS[group].model_of(section)
-    return (defaults_of(model) if model else {}) | dict(section)
+    """Put the defaults below what a section has, in the order of today."""
+    layout = layout_of(GROUPS[group].model_of(section) or Section)
+    known = {key: section.get(key, value) for key, value in layout.items()}
+    return {key: value for key, value in known.items() if value != MISSING} | dict(section)
 
 
 def _only(model: type[Section], values: Mapping[str, Any]) -> dict[str, Any]:

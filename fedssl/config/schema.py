@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from pydantic import Field
 
 from fedssl.config import sections
-from fedssl.config.fields import Partitions, Section, defaults_of
+from fedssl.config.fields import Partitions, Section, layout_of
 from fedssl.config.sections import LARGEST_SEED
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -233,7 +233,7 @@ def store_defaults() -> None:
     store = ConfigStore.instance()
     models = {model for group in GROUPS.values() for model in group.models.values()}
     for model in models | {program.settings for program in PROGRAMS.values()}:
-        store.store(model.__name__, defaults_of(model), group="schema")
+        store.store(model.__name__, layout_of(model), group="schema")
 
 
 store_defaults()
