@@ -15,6 +15,7 @@ from fedssl.data.image_set import ImageSet
 from fedssl.errors import UserError
 from fedssl.reporting.page import read_rounds, write_report
 from fedssl.runs.directory import RunDirectory
+from utils import load_encoders
 
 
 def prepare(settings: DictConfig) -> tuple[RunDirectory, DictConfig, ImageSet | None]:
@@ -41,7 +42,8 @@ def prepare(settings: DictConfig) -> tuple[RunDirectory, DictConfig, ImageSet | 
 def report(settings: DictConfig) -> None:
     """Write the report of a run as the command line asks."""
     run, config, image_set = prepare(settings)
-    write_report(run, config, settings, image_set)
+    encoders = load_encoders(run, config) if image_set else None
+    write_report(run, config, settings, image_set, encoders)
     print(f"Written to {run.report}")
 
 

@@ -12,7 +12,7 @@ from fedssl.data.image_set import ImageSet
 from fedssl.errors import UserError
 from fedssl.files import write_atomically
 from fedssl.reporting.console import evaluation_title, top1
-from fedssl.reporting.sections import draw_pictures
+from fedssl.reporting.sections import Encoders, draw_pictures
 from fedssl.runs.directory import RunDirectory
 from fedssl.runs.provenance import provenance
 
@@ -37,6 +37,7 @@ def write_report(
     config: DictConfig,
     settings: Mapping[str, Any],
     image_set: ImageSet | None,
+    encoders: Encoders | None,
 ) -> None:
     """Draw a run's pictures and put them with all else into its report.html.
 
@@ -44,6 +45,7 @@ def write_report(
         config: of the run.
         settings: the `figures` section.
         image_set: None where only the clients hold images.
+        encoders: None leaves out what shows features.
 
     Raises:
         UserError: no finished round, or a damaged file.
@@ -52,7 +54,7 @@ def write_report(
     rows = read_rounds(run)
     results = run.read_results()
     try:
-        pictures = draw_pictures(run, config, settings, rows, image_set)
+        pictures = draw_pictures(run, config, settings, rows, image_set, encoders)
         page = (
             _environment()
             .get_template("page.html")

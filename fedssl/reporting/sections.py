@@ -12,10 +12,11 @@ from sklearn.manifold import TSNE, trustworthiness
 from sklearn.preprocessing import normalize
 from threadpoolctl import threadpool_limits
 
-from fedssl.compute import choose_device, choose_dtype
+from fedssl.compute import Backend
 from fedssl.data.image_set import ImageSet
 from fedssl.data.partitions import count_classes, partition_rows, split_held_out
 from fedssl.evaluation.features import extract_features
+from fedssl.networks.encoder import Encoder
 from fedssl.reporting.figures import (
     HEALTH,
     draw_health,
@@ -27,8 +28,6 @@ from fedssl.reporting.figures import (
 )
 from fedssl.runs.directory import RunDirectory
 from fedssl.seeding import derive_seed
-from fedssl.training.schedule import encode_size
-from utils import build_model, load_trained
 
 MIN_MAPPED = 10  # fewer points make no map
 Rows = Sequence[Mapping[str, Any]]
@@ -54,6 +53,23 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Encoders:
+    """What a run made of its encoder.
+
+    Attributes:
+        untrained: at the run's random initialization.
+        trained: after a round.
+        resolution: side in pixels of the whole images that both see.
+    """
+
+    untrained: Encoder
+    trained: Encoder
+    round: int
+    resolution: int
+    backend: Backend
+
+
+@dataclass(frozen=True)
 class Encoded:
     """Some images, and their features (N, D) before and after training."""
 
@@ -71,6 +87,7 @@ def draw_pictures(
     settings: Mapping[str, Any],
     rows: Rows,
     image_set: ImageSet | None,
+    encoders: Encoders | None,
 ) -> list[Picture]:
     """Draw all that applies to a run into its figures/.
 
@@ -79,13 +96,14 @@ def draw_pictures(
         settings: the `figures` section.
         rows: of metrics.jsonl, at least one.
         image_set: None where only the clients hold images.
-
-    Raises:
-        UserError: no checkpoint, or a damaged one.
+        encoders: None leaves out what shows features.
     """
     folder = run.figures
     folder.mkdir(exist_ok=True)
-    encoded = encode_some(run, config, settings, image_set) if image_set else None
+    encoded = None
+    if image_set and encoders:
+        count, batch_size = settings["map_images"], config.eval.feature_batch_size
+        encoded = encode_some(image_set, encoders, count, config.seed, batch_size)
     return [
         picture_loss(config, rows, run.path / "loss_graph.png"),
         picture_knn(rows, folder / "knn.png"),
@@ -97,24 +115,24 @@ def draw_pictures(
 
 
 def encode_some(
-    run: RunDirectory, config: DictConfig, settings: Mapping[str, Any], image_set: ImageSet
+    image_set: ImageSet, encoders: Encoders, count: int, seed: int, batch_size: int
 ) -> Encoded:
-    """Encode some test images, or training images where there are none, drawn by the seed."""
+    """Encode some test images, or training images where there are none, drawn by the seed.
+
+    Args:
+        count: images at most.
+        batch_size: images encoded at once.
+    """
     kind, images = ("test", image_set.test) if image_set.test else ("training", image_set.train)
-    draw = np.random.default_rng(derive_seed(config.seed, "figures"))
-    chosen = draw.permutation(len(images.pixels))[: settings["map_images"]]
-    pixels, device = np.array(images.pixels[chosen]), choose_device()
-    dtype, batch = choose_dtype(config.precision, device), config.eval.feature_batch_size
-    trained, round_number = load_trained(config, run.last_checkpoint(), device)
-    untrained = build_model(config.model, config.dataset, config.seed, device)
-    place = round_number, config.num_rounds
-    size = encode_size(config.train, config.dataset.image_size, *place)
+    draw = np.random.default_rng(derive_seed(seed, "figures"))
+    chosen = draw.permutation(len(images.pixels))[:count]
+    pixels = np.array(images.pixels[chosen])
     before, after = (
-        extract_features(model, pixels, device, dtype, batch, size)
-        for model in (untrained, trained)
+        extract_features(encoder, pixels, encoders.backend, batch_size, encoders.resolution)
+        for encoder in (encoders.untrained, encoders.trained)
     )
     labels = None if images.labels is None else images.labels[chosen]
-    return Encoded(kind, pixels, labels, before, after, round_number)
+    return Encoded(kind, pixels, labels, before, after, encoders.round)
 
 
 def picture_loss(config: DictConfig, rows: Rows, file: Path) -> Picture:

@@ -1,43 +1,43 @@
-"""The linear evaluation, test.py."""
+"""The contract: what an evaluation gets, gives, and leaves in results.json."""
 
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
-import torch
-from omegaconf import OmegaConf
+from conftest import ROOT
+from evaluation.small import COMMON, HEAD, make_data, make_encoder
 
-import test as evaluation
-from fedssl.config.compose import load_config
 from fedssl.data.image_set import Images, ImageSet
 from fedssl.errors import UserError
-from fedssl.evaluation.linear import draw_labelled, train_linear_head
-from fedssl.runs.checkpoints import Checkpoint, save_checkpoint
-from fedssl.runs.directory import RunDirectory
-from test import (
-    Evaluation,
-    choose_images,
-    evaluate_run,
-    find_checkpoint,
-    follow_run,
-    refuse_preparation,
-    state_digest,
-)
-from utils import build_model
+from fedssl.evaluation.base import Evaluation, Score, check_evaluable, draw_labelled
+from fedssl.evaluation.finetune import FineTuning
+from fedssl.evaluation.linear import LinearEvaluation
+from fedssl.evaluation.protocol import Result, evaluate
+from fedssl.evaluation.supervised import SupervisedTraining
 
-CPU = torch.device("cpu")
+RECORDED = sorted((ROOT / "results").rglob("results.json"))
 
 
-@pytest.fixture
-def settings():
-    return load_config("test", ["epochs=5", "learning_rate=0.03", "weight_decay=0.1"])
+@dataclass(frozen=True)
+class Width(Evaluation):
+    """How many features an encoder has, which needs no training."""
+
+    mode = "width"
+    title = "Width"
+
+    thousands: bool
+
+    def run(self, name, encoder, data):
+        features = data.features(encoder, data.test.pixels[:3])
+        width = features.shape[1] / (1000 if self.thousands else 1)
+        return [Score(name, "width", [width] * len(data.seeds), metric="features")]
 
 
-@pytest.fixture
-def run(tmp_path, config, model):
-    directory = RunDirectory.create(tmp_path / "run", config)
-    save_checkpoint(directory.checkpoints, Checkpoint(3, model.state_dict()), keep=1)
-    return directory
+class Scratch(Width):
+    """The same, as if it began afresh."""
+
+    starts_from_scratch = True
 
 
 def test_a_tenth_of_the_labels_is_stratified_and_seeded(digits):
@@ -53,172 +53,97 @@ def test_a_tenth_of_the_labels_is_stratified_and_seeded(digits):
 
 @pytest.mark.parametrize("fraction", [0.001, 0.004])
 def test_too_few_labels_are_refused(digits, fraction):
-    with pytest.raises(UserError, match=f"label_fraction={fraction}.*10 classes") as error:
-        draw_labelled(digits.train.labels, fraction, seed=0)
-    assert "\n" not in str(error.value)
+    for refuse in (
+        lambda: draw_labelled(digits.train.labels, fraction, seed=0),
+        lambda: check_evaluable(digits, fraction, seed=0),
+        lambda: make_data(digits, label_fraction=fraction),
+    ):
+        with pytest.raises(UserError, match=f"label_fraction={fraction}.*10 classes") as error:
+            refuse()
+        assert "\n" not in str(error.value)
 
 
-def test_a_linear_head_learns_what_is_linear(settings, rng):
-    features = rng.normal(size=(300, 5)).astype(np.float32) * [1, 10, 100, 1, 1] + 50
-    labels = (features[:, 1] > 50).astype(np.int64)
-    settings.epochs, settings.learning_rate = 40, 0.1
-    predict = train_linear_head(features, labels, 2, settings, seed=0)
-    assert (predict(features) == labels).mean() > 0.95
+@pytest.mark.parametrize("missing", ["test", "test labels", "train labels"])
+def test_images_without_labels_cannot_be_evaluated(digits, missing):
+    bare = Images(digits.train.pixels, None)
+    train = bare if missing == "train labels" else digits.train
+    test = {"test": None, "test labels": bare, "train labels": digits.test}[missing]
+    images = ImageSet(train, test, *([[], [], "bare", "", "bare"][: len(vars(digits)) - 2]))
+    with pytest.raises(UserError, match="no labels"):
+        check_evaluable(images, 0.1, seed=0)
+    with pytest.raises(UserError, match="no labels"):
+        make_data(images)
 
 
-def test_the_frozen_encoder_is_bit_identical_afterwards(config, settings, digits, model):
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    rows = Evaluation(config, settings, digits).frozen("ours", model.train())
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert [row["method"] for row in rows] == ["linear head", "kNN"]
-    assert all(0.6 < row["mean"] <= 1 for row in rows)  # ten classes, random features
-    assert len(rows[0]["top1"]) == settings.seeds
+def test_draws_differ_and_depend_on_the_seed_alone(digits):
+    data, again, other = make_data(digits, 3), make_data(digits, 3), make_data(digits, 3, seed=1)
+    assert len({seed for seed, _ in data.draws()}) == 3
+    assert (data.num_classes, len(data.labelled[0])) == (10, 143)
+    for (seed, rows), (seed_again, rows_again) in zip(data.draws(), again.draws(), strict=True):
+        assert seed == seed_again
+        assert np.array_equal(rows, rows_again)
+    assert not set(data.seeds) & set(other.seeds)
 
 
-def test_a_changed_encoder_is_noticed(config, settings, digits, model, monkeypatch):
-    def careless(model, pixels, *rest):
-        model.train()
-        with torch.no_grad():
-            return model.features(torch.from_numpy(np.array(pixels)).float() / 255).numpy()
-
-    monkeypatch.setattr(evaluation, "extract_features", careless)
-    with pytest.raises(RuntimeError, match="encoder changed"):
-        Evaluation(config, settings, digits).frozen("ours", model)
-
-
-def test_the_digest_sees_buffers_too(model):
-    before = state_digest(model.encoder)
-    model.encoder.bn1.num_batches_tracked += 1
-    assert state_digest(model.encoder) != before
+def test_a_new_evaluation_needs_nothing_but_its_class(digits):
+    data, encoder = make_data(digits), make_encoder()
+    scores = evaluate(Width(**COMMON, thousands=True), encoder, make_encoder(1), data)
+    assert [(score.encoder, score.mean) for score in scores] == [
+        ("federated SimCLR", 0.512),
+        ("random encoder", 0.512),
+    ]  # raw pixels have no width
+    assert scores[0].to_json()["metric"] == "features"
+    alone = Width(**COMMON | {"baselines": False}, thousands=False)
+    assert [score.mean for score in evaluate(alone, encoder, encoder, data)] == [512]
+    assert alone.protocol() == {"label_fraction": 0.1, "seeds": 2, "thousands": False}
 
 
-def test_the_whole_test_set_is_scored(config, settings, digits, model, monkeypatch):
+def test_what_starts_from_scratch_gets_the_random_encoder_alone(digits, monkeypatch):
     seen = []
-    extract = evaluation.extract_features
-
-    def count(model, pixels, *rest):
-        seen.append(len(pixels))
-        return extract(model, pixels, *rest)
-
-    monkeypatch.setattr(evaluation, "extract_features", count)
-    Evaluation(config, settings, digits).frozen("ours", model)
-    assert seen[1] == 360
-    assert 143 <= seen[0] <= 3 * 143  # the labelled images of all seeds, each once
+    monkeypatch.setattr(
+        Scratch, "run", lambda self, name, *rest: seen.append(rest[0]) or [Score(name, "", [1.0])]
+    )
+    ours, random = make_encoder(), make_encoder(1)
+    scores = evaluate(Scratch(**COMMON, thousands=True), ours, random, make_data(digits))
+    assert [score.encoder for score in scores] == ["labels only", "raw pixels"]
+    assert seen == [random]
 
 
-def test_a_run_is_evaluated_beside_its_baselines_and_recorded(run, config, settings, digits):
-    result = evaluate_run(run, config, settings, digits, run.last_checkpoint())
-    names = [(row["encoder"], row["method"]) for row in result["rows"]]
-    assert names == [
+def test_a_run_is_scored_beside_its_baselines(digits):
+    settings = LinearEvaluation(**COMMON, **HEAD, knn_neighbors=10)
+    scores = evaluate(settings, make_encoder(), make_encoder(), make_data(digits))
+    assert [(score.encoder, score.method) for score in scores] == [
         ("federated SimCLR", "linear head"),
         ("federated SimCLR", "kNN"),
         ("random encoder", "linear head"),
         ("random encoder", "kNN"),
         ("raw pixels", "logistic regression"),
     ]
-    # The checkpoint holds the initialization, so both encoders are the same one.
-    assert result["rows"][0]["top1"] == result["rows"][2]["top1"]
-    assert result["rows"][4]["mean"] == pytest.approx(0.917, abs=0.02)
-    assert (result["labelled_images"], result["test_images"], result["round"]) == (143, 360, 3)
-    (recorded,) = json.loads(run.results.read_text())
-    assert recorded["rows"] == result["rows"]
-    assert recorded["protocol"]["epochs"] == 5
-    assert {"commit", "versions", "hardware"} <= recorded["measured"].keys()
-    assert recorded["precision"] == "float32"
+    assert scores[0].top1 == scores[2].top1  # of the same initialization
+    assert scores[0].encoder_sha256 == scores[2].encoder_sha256 is not None
 
 
-def test_supervised_training_starts_afresh_and_learns(config, settings, digits, model):
-    before = state_digest(model)
-    settings.seeds, settings.supervised.epochs, settings.supervised.batch_size = 1, 10, 16
-    (row,) = Evaluation(config, settings, digits).supervised("labels only", model)
-    assert row["method"] == "supervised"
-    assert row["mean"] > 0.25  # 90 steps; chance is 0.1
-    assert state_digest(model) == before
+def test_the_protocol_has_what_decides_the_scores():
+    recorded = ["label_fraction", "seeds", *HEAD]
+    linear = LinearEvaluation(**COMMON, **HEAD, knn_neighbors=10)
+    finetune = FineTuning(**COMMON, **HEAD, knn_neighbors=10, encoder_learning_rate=0.001)
+    supervised = SupervisedTraining(**COMMON, **HEAD)
+    assert list(linear.protocol()) == [*recorded, "knn_neighbors"]
+    assert list(finetune.protocol()) == [*recorded, "encoder_learning_rate", "knn_neighbors"]
+    assert list(supervised.protocol()) == recorded
 
 
-def test_fine_tuning_changes_a_copy_and_beats_chance(config, settings, digits, model):
-    before = state_digest(model)
-    settings.seeds, settings.epochs = 1, 20
-    (row,) = Evaluation(config, settings, digits).tuned("ours", model)
-    assert row["method"] == "fine-tuned"
-    assert row["mean"] > 0.5
-    assert state_digest(model) == before
+def test_a_single_draw_has_no_spread():
+    assert Score("ours", "kNN", [0.5]).std is None
+    assert Score("ours", "kNN", [0.5, 0.7]).std == pytest.approx(np.sqrt(0.02))
+    row = Score("ours", "kNN", [0.5, 0.7], encoder_sha256="ab").to_json()
+    assert list(row) == ["encoder", "method", "top1", "mean", "std", "encoder_sha256"]
 
 
-@pytest.mark.parametrize("way", ["finetune", "train_supervised"])
-def test_whole_networks_train_at_the_size_they_are_scored_at(
-    config, settings, digits, model, monkeypatch, way
-):
-    config.train.view_sizes, config.train.encode_size = [4], 8
-    sizes = []
-
-    def look(model, images, labels, num_classes, augmentation, *rest):
-        sizes.append(augmentation.output_size)
-        return torch.nn.Linear(model.feature_size, num_classes)
-
-    monkeypatch.setattr(evaluation, way, look)
-    trial = Evaluation(config, settings, digits)
-    (trial.tuned if way == "finetune" else trial.supervised)("ours", model)
-    assert sizes == [8] * settings.seeds
-
-
-def test_a_checkpoint_of_another_architecture_is_refused(run, config, settings, digits):
-    other = OmegaConf.merge(config.model, {"encoder": "resnet50"})
-    state = build_model(other, config.dataset, 0, CPU).state_dict()
-    save_checkpoint(run.checkpoints, Checkpoint(4, state), keep=2)
-    with pytest.raises(UserError, match="another architecture than resnet18"):
-        evaluate_run(run, config, settings, digits, run.last_checkpoint())
-    assert not run.results.exists()
-
-
-def test_images_without_labels_cannot_be_evaluated(config, settings, digits):
-    bare = ImageSet(Images(digits.train.pixels, None), None, [], [], "bare", "")
-    with pytest.raises(UserError, match="no labels"):
-        Evaluation(config, settings, bare)
-
-
-def test_a_checkpoint_is_found_by_run_or_by_file(run, tmp_path):
-    newest = run.last_checkpoint()
-    by_run = find_checkpoint(load_config("test", [f"run={run.path}"]))
-    by_link = find_checkpoint(load_config("test", [f"run={tmp_path / 'latest'}"]))
-    by_file = find_checkpoint(load_config("test", [f"checkpoint={newest}"]))
-    assert {checkpoint for _, checkpoint in (by_run, by_link, by_file)} == {newest}
-    assert {directory.path for directory, _ in (by_run, by_link, by_file)} == {run.path}
-    for wrong in (f"run={tmp_path}/none", f"checkpoint={tmp_path}/none.safetensors"):
-        with pytest.raises(UserError, match="none"):
-            find_checkpoint(load_config("test", [wrong]))
-
-
-def test_other_images_are_prepared_as_those_of_the_run(config):
-    settings = load_config("test", ["dataset=cifar10", "dataset.path=elsewhere"])
-    choose_images(config, settings)
-    dataset = config.dataset
-    assert (dataset.name, dataset.path, dataset.source) == ("cifar10", "elsewhere", "hub")
-    assert (dataset.image_size, list(dataset.mean)) == (8, [0.31, 0.31, 0.31])
-
-
-@pytest.mark.parametrize("override", ["dataset.image_size=16", "dataset.mean=[0,0,0]"])
-def test_another_preparation_is_refused(override):
-    with pytest.raises(UserError, match="leave it out"):
-        refuse_preparation(["dataset=cifar10", override])
-    assert refuse_preparation(["dataset=cifar10"]) == ["dataset=cifar10"]
-
-
-def test_two_places_for_the_images_are_refused(config):
-    with pytest.raises(UserError, match=r"give dataset\.path instead"):
-        choose_images(config, load_config("test", ["dataset=imagefolder", "path=here"]))
-
-
-def test_the_head_is_that_of_the_run_unless_told():
-    config = load_config("config", ["dataset=cifar10"])
-    settings = load_config("test", ["weight_decay=0.5"])
-    follow_run(settings, config)
-    assert (settings.learning_rate, settings.weight_decay) == (config.eval.learning_rate, 0.5)
-    assert config.eval.learning_rate != load_config("config", []).eval.learning_rate
-
-
-def test_baselines_can_be_left_out(config, settings, model, run, digits):
-    settings.baselines = False
-    checkpoint = run.last_checkpoint()
-    result = evaluate_run(run, config, settings, digits, checkpoint)
-    assert {row["encoder"] for row in result["rows"]} == {"federated SimCLR"}
+@pytest.mark.skipif(not RECORDED, reason="the recorded results are not here")
+def test_what_was_recorded_is_read_and_written_alike():
+    for file in RECORDED:
+        for entry in json.loads(file.read_text()):
+            again = Result.from_json(entry).to_json()
+            assert list(again) == list(entry)
+            assert json.loads(json.dumps(again)) == entry
