@@ -13,22 +13,19 @@ from fedssl.config.help import answer
 if __name__ == "__main__":
     answer("test")  # before the imports below, which take seconds
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from fedssl.config.evaluation import choose_images, follow_run, refuse_preparation
+from omegaconf import DictConfig
 
 from fedssl.compute import choose_device
 from fedssl.config.command_line import run_entry
 from fedssl.data.image_set import ImageSet
-from fedssl.errors import UserError
 from fedssl.evaluation.base import check_evaluable
 from fedssl.reporting.console import Waiting, make_report, print_results
 from fedssl.runs.checkpoints import load_checkpoint
 from fedssl.runs.directory import RunDirectory
 from utils import evaluate_run, load_trained, open_images
-
-PREPARATION = ("image_size", "mean", "std")  # of images for an encoder
 
 
 def find_checkpoint(settings: DictConfig) -> tuple[RunDirectory, Path]:
@@ -44,43 +41,6 @@ def find_checkpoint(settings: DictConfig) -> tuple[RunDirectory, Path]:
     run = RunDirectory(Path(settings.run).expanduser().resolve())
     run.load_config()
     return run, run.last_checkpoint()
-
-
-def refuse_preparation(arguments: Sequence[str]) -> list[str]:
-    """Pass the arguments on, unless they would prepare images otherwise than the encoder's.
-
-    Raises:
-        UserError: they would.
-    """
-    for argument in arguments:
-        if argument.partition("=")[0] in [f"dataset.{name}" for name in PREPARATION]:
-            raise UserError(
-                f"{argument}: is that of the run which trained the encoder; leave it out"
-            )
-    return list(arguments)
-
-
-def choose_images(config: DictConfig, settings: DictConfig) -> None:
-    """Put the images that are evaluated into the configuration of the run, in place.
-
-    Raises:
-        UserError: both `path` and `dataset` are given.
-    """
-    if "dataset" in settings:
-        if settings.path:
-            raise UserError(f"path={settings.path}: with dataset= give dataset.path instead")
-        kept = {name: config.dataset[name] for name in PREPARATION}
-        config.dataset = OmegaConf.merge(settings.dataset, kept)
-    elif settings.path:
-        config.dataset.path = settings.path
-
-
-def follow_run(settings: DictConfig, config: DictConfig) -> None:
-    """Train as the run did, or would, where the settings leave that open, in place."""
-    same = settings._target_ == config.eval._target_
-    for key in ("learning_rate", "weight_decay"):
-        if key in settings and settings[key] is None:
-            settings[key] = (config.eval if same else config.head)[key]
 
 
 def prepare(settings: DictConfig) -> tuple[RunDirectory, DictConfig, ImageSet, Path]:

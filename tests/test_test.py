@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from fedssl.config.evaluation import follow_run
 from omegaconf import OmegaConf
 
 from fedssl.compute import choose_backend
@@ -12,7 +13,7 @@ from fedssl.errors import UserError
 from fedssl.evaluation.supervised import SupervisedTraining
 from fedssl.runs.checkpoints import Checkpoint, save_checkpoint
 from fedssl.runs.directory import RunDirectory
-from test import choose_images, find_checkpoint, follow_run, refuse_preparation
+from test import find_checkpoint
 from utils import build_method, evaluate_run, open_evaluation
 
 CPU = torch.device("cpu")
@@ -92,39 +93,3 @@ def test_a_checkpoint_is_found_by_run_or_by_file(run, tmp_path):
     for wrong in (f"run={tmp_path}/none", f"checkpoint={tmp_path}/none.safetensors"):
         with pytest.raises(UserError, match="none"):
             find_checkpoint(load_config("test", [wrong]))
-
-
-def test_other_images_are_prepared_as_those_of_the_run(config):
-    settings = load_config("test", ["dataset=cifar10", "dataset.path=elsewhere"])
-    choose_images(config, settings)
-    dataset = config.dataset
-    assert (dataset.name, dataset.path) == ("cifar10", "elsewhere")
-    assert (dataset.image_size, list(dataset.mean)) == (8, [0.31, 0.31, 0.31])
-
-
-@pytest.mark.parametrize("override", ["dataset.image_size=16", "dataset.mean=[0,0,0]"])
-def test_another_preparation_is_refused(override):
-    with pytest.raises(UserError, match="leave it out"):
-        refuse_preparation(["dataset=cifar10", override])
-    assert refuse_preparation(["dataset=cifar10"]) == ["dataset=cifar10"]
-
-
-def test_two_places_for_the_images_are_refused(config):
-    with pytest.raises(UserError, match=r"give dataset\.path instead"):
-        choose_images(config, load_config("test", ["dataset=imagefolder", "path=here"]))
-
-
-@pytest.mark.parametrize("protocol", ["linear", "finetune"])
-def test_the_head_is_that_of_the_run_unless_told(protocol):
-    config = load_config("config", ["dataset=cifar10"])
-    settings = load_config("test", [f"eval={protocol}", "weight_decay=0.5"])
-    follow_run(settings, config)
-    assert (settings.learning_rate, settings.weight_decay) == (config.eval.learning_rate, 0.5)
-    assert config.eval.learning_rate != load_config("config", []).eval.learning_rate
-
-
-def test_a_run_with_another_protocol_of_its_own_lends_its_head():
-    config = load_config("config", ["dataset=cifar10", "eval=supervised"])
-    settings = load_config("test", [])
-    follow_run(settings, config)
-    assert settings.learning_rate == config.head.learning_rate != config.eval.learning_rate

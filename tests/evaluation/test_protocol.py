@@ -1,14 +1,14 @@
 """The contract: what an evaluation gets, gives, and leaves in results.json."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 from conftest import ROOT
 from evaluation.small import COMMON, HEAD, make_data, make_encoder
 
-from fedssl.data.image_set import Images, ImageSet
+from fedssl.data.image_set import Images
 from fedssl.errors import UserError
 from fedssl.evaluation.base import Evaluation, Score, check_evaluable, draw_labelled
 from fedssl.evaluation.finetune import FineTuning
@@ -68,7 +68,7 @@ def test_images_without_labels_cannot_be_evaluated(digits, missing):
     bare = Images(digits.train.pixels, None)
     train = bare if missing == "train labels" else digits.train
     test = {"test": None, "test labels": bare, "train labels": digits.test}[missing]
-    images = ImageSet(train, test, *([[], [], "bare", "", "bare"][: len(vars(digits)) - 2]))
+    images = replace(digits, train=train, test=test)
     with pytest.raises(UserError, match="no labels"):
         check_evaluable(images, 0.1, seed=0)
     with pytest.raises(UserError, match="no labels"):
