@@ -15,11 +15,11 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
-from fedssl.config.evaluation import choose_images, follow_run, refuse_preparation
 from omegaconf import DictConfig
 
 from fedssl.compute import choose_device
 from fedssl.config.command_line import run_entry
+from fedssl.config.evaluation import choose_images, follow_run, refuse_preparation
 from fedssl.data.image_set import ImageSet
 from fedssl.evaluation.base import check_evaluable
 from fedssl.reporting.console import Waiting, make_report, print_results

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from fedssl.config.evaluation import follow_run
 from omegaconf import OmegaConf
 
 from fedssl.compute import choose_backend
 from fedssl.config.compose import load_config
+from fedssl.config.evaluation import follow_run
 from fedssl.errors import UserError
 from fedssl.evaluation.supervised import SupervisedTraining
 from fedssl.runs.checkpoints import Checkpoint, save_checkpoint
