@@ -109,6 +109,12 @@ def train(
         simulate(serve, clients, config.num_clients, resources)
 
 
+def title_of(config: DictConfig) -> str:
+    """Name the method, the clients, the rounds and the strategy in a line."""
+    clients, rounds = f"{config.num_clients} clients", f"{config.num_rounds} rounds"
+    return f"Federated {name_of(config.method)}: {clients}, {rounds} of {name_of(config.strategy)}"
+
+
 def describe(
     config: DictConfig, resources: ClientResources, image_set: ImageSet, run: RunDirectory
 ) -> dict[str, str]:
@@ -142,11 +148,7 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
         names = name_some(image_set.unreadable)
         report(f"{WARNING}{len(image_set.unreadable)} unreadable files left out: {names}")
     if not config.quiet:
-        rounds = f"{config.num_clients} clients, {config.num_rounds} rounds of {name_of(config.strategy)}"
-        print_opening(
-            f"Federated {name_of(config.method)}: {rounds}",
-            describe(config, resources, image_set, its),
-        )
+        print_opening(title_of(config), describe(config, resources, image_set, its))
     go_on = f"go on with: python main.py resume={show_path(its.path)}"
     try:
         train(config, resources, image_set, its, checkpoint)

@@ -280,8 +280,8 @@ def picture_partitions(
     draw_partitions(counts, image_set.class_names, file)
     return Picture(
         title,
-        f"{counts.sum():,} training images, dealt out to {len(parts)} clients by {facts.partitioner}. "
-        "Training does not look at the labels.",
+        f"{counts.sum():,} training images, dealt out to {len(parts)} clients by "
+        f"{facts.partitioner}. Training does not look at the labels.",
         file,
     )
 
