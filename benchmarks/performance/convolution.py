@@ -2,8 +2,8 @@
 
     python -m benchmarks.performance.convolution --out=results/convolution.json
 
-PyTorch's own and that of fedssl/networks/convolution.py in turns, in one process, for the maps of a ResNet-18;
-medians. Ratios mean something; absolute figures depend on the machine.
+PyTorch's own and that of fedssl/networks/convolution.py in turns, in one process, for the
+maps of a ResNet-18; medians. Ratios mean something; absolute figures depend on the machine.
 """
 
 import argparse
