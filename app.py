@@ -20,8 +20,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from client import ClientConfig, make_client_app
 from fedssl.config.compose import load_config
+from fedssl.config.moved import modernize_overrides
 from fedssl.errors import UserError
-from utils import open_images, open_source, run_rounds
+from utils import open_images, open_run, open_source, run_rounds
 
 DEFAULTS = ["num_clients=2"]
 HALVES = {"client1": 0, "client2": 1}
@@ -94,13 +95,14 @@ def main(grid: Grid, context: Context) -> None:
     """Train all rounds and leave the same run directory as main.py."""
     # Imported here: on SuperNodes every message starts a process that imports this module.
     from fedssl.reporting.log import log_round
-    from fedssl.runs.resume import open_run
 
     config: DictConfig = OmegaConf.create(config_text(context))
+    overrides, notices = modernize_overrides(overrides_of(context))
+    for notice in notices:
+        log.info(notice)
     image_set = open_images(config) if open_source(config.dataset).is_here else None
-    run, checkpoint = open_run(
-        config, Path(config.run_dir), image_set, overrides_of(context), log.info
-    )
+    directory = Path(config.run_dir)
+    run, checkpoint = open_run(config, directory, image_set, overrides, log.info)
     log.info("the run's directory is %s", run.path)
     on_round = partial(log_round, log)
     run_rounds(config, grid, run, image_set, on_round, checkpoint=checkpoint, report=log.info)

@@ -140,13 +140,13 @@ def make_client_app(
 
     Args:
         identify: tells from a message's context who the client is.
-        mods: of Flower, such as those for differential privacy; they see plain
-            arrays, those that the strategy acts on, on the way in and out.
+        mods: of Flower, such as those for differential privacy, around the training;
+            they see plain arrays, those that the strategy acts on, on the way in and out.
         load: gives what the client works with.
     """
-    app = ClientApp(mods=[packed_transport, *mods])
+    app = ClientApp(mods=[packed_transport])
     for register, answer in (
-        (app.train(), train_reply),
+        (app.train(mods=list(mods)), train_reply),
         (app.evaluate(), evaluate_reply),
         (app.query(), query_reply),
     ):

@@ -42,13 +42,15 @@ from fedssl.reporting.console import (
 )
 from fedssl.runs.checkpoints import Checkpoint
 from fedssl.runs.directory import RunDirectory
-from fedssl.runs.resume import check_continuation, find_run, open_run, with_earlier_overrides
+from fedssl.runs.resume import check_continuation, with_earlier_overrides
 from utils import (
     build_method,
     check_labels,
+    continuation_of,
     evaluate_run,
     open_images,
     open_partitions,
+    open_run,
     plan_simulation,
     report_run,
     run_rounds,
@@ -77,7 +79,7 @@ def prepare(config: DictConfig) -> tuple[ClientResources, ImageSet]:
     if image_set.labelled:
         check_labels(config.eval, image_set, config.seed)
     if config.resume is not None:
-        check_continuation(config, find_run(config), image_set)
+        check_continuation(continuation_of(config, image_set))
     return resources, image_set
 
 

@@ -3,8 +3,8 @@
 python test.py                          # the newest run
 python test.py run=outputs/DATE/TIME label_fraction=0.02 seeds=5
 python test.py checkpoint=FILE
-python test.py mode=finetune            # the encoder is tuned too
-python test.py mode=supervised          # instead: the same network on the labels alone
+python test.py eval=finetune            # the encoder is tuned too
+python test.py eval=supervised          # instead: the same network on the labels alone
 python test.py dataset=imagefolder dataset.path=labelled label_fraction=1
 """
 
@@ -16,19 +16,20 @@ if __name__ == "__main__":
 import copy
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from fedssl.compute import choose_device, choose_dtype
 from fedssl.config.command_line import run_entry
+from fedssl.config.evaluation import choose_images, follow_run, refuse_preparation
 from fedssl.data.cache import open_image_set
 from fedssl.data.image_set import ImageSet
 from fedssl.data.views import make_augmentation
@@ -51,7 +52,6 @@ PROTOCOL = (
     *("label_fraction", "seeds", "epochs", "batch_size", "learning_rate", "weight_decay"),
     *("encoder_learning_rate", "knn_neighbors"),
 )
-PREPARATION = ("image_size", "mean", "std")  # of images for an encoder
 
 
 def state_digest(module: nn.Module) -> str:
@@ -251,43 +251,6 @@ def find_checkpoint(settings: DictConfig) -> tuple[RunDirectory, Path]:
     run = RunDirectory(Path(settings.run).expanduser().resolve())
     run.load_config()
     return run, run.last_checkpoint()
-
-
-def refuse_preparation(arguments: Sequence[str]) -> list[str]:
-    """Pass the arguments on, unless they would prepare images otherwise than the encoder's.
-
-    Raises:
-        UserError: they would.
-    """
-    for argument in arguments:
-        key = argument.partition("=")[0]
-        if key in [f"dataset.{name}" for name in PREPARATION]:
-            raise UserError(
-                f"{argument}: is that of the run which trained the encoder; leave it out"
-            )
-    return list(arguments)
-
-
-def choose_images(config: DictConfig, settings: DictConfig) -> None:
-    """Put the images that are evaluated into the configuration of the run, in place.
-
-    Raises:
-        UserError: both `path` and `dataset` are given.
-    """
-    if "dataset" in settings:
-        if settings.path:
-            raise UserError(f"path={settings.path}: with dataset= give dataset.path instead")
-        kept = {name: config.dataset[name] for name in PREPARATION}
-        config.dataset = OmegaConf.merge(settings.dataset, kept)
-    elif settings.path:
-        config.dataset.path = settings.path
-
-
-def follow_run(settings: DictConfig, config: DictConfig) -> None:
-    """Train the head as the run did where the settings leave that open, in place."""
-    for key in ("learning_rate", "weight_decay"):
-        if settings[key] is None:
-            settings[key] = config.eval[key]
 
 
 def prepare(settings: DictConfig) -> tuple[RunDirectory, DictConfig, ImageSet, Path]:

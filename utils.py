@@ -3,7 +3,7 @@
 The only place that reads sections of the configuration; what lies below takes values.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -38,6 +38,7 @@ from fedssl.networks.state import load_state
 from fedssl.runs.checkpoints import Checkpoint, load_checkpoint
 from fedssl.runs.directory import RunDirectory
 from fedssl.runs.metrics import RoundMetrics
+from fedssl.runs.resume import Continuation, reopen
 from fedssl.seeding import derive_seed
 from fedssl.training.local import TrainSettings
 from fedssl.training.optimizers import OptimizerSettings
@@ -283,3 +284,33 @@ def run_rounds(
     resolution = build_schedule(config).eval_resolution(config.num_rounds)
     run.save_encoder(encoder, resolution, config.dataset.name, federation.done)
     draw_loss_graph(run.read_metrics(), run.path / "loss_graph.png", config.dataset.name)
+
+
+# --- runs --------------------------------------------------------------------------
+
+
+def continuation_of(config: DictConfig, image_set: ImageSet | None) -> Continuation:
+    """Say with what `resume` is to go on."""
+    images = image_set.content if image_set else None
+    return Continuation(config.resume, config.output_dir, config.num_rounds, plain(config), images)
+
+
+def open_run(
+    config: DictConfig,
+    directory: Path,
+    image_set: ImageSet | None,
+    overrides: Sequence[str],
+    report: Report,
+) -> tuple[RunDirectory, Checkpoint | None]:
+    """Start a run's directory, or go back to where `resume` left off.
+
+    Args:
+        directory: of a new run.
+        overrides: that led to the configuration.
+
+    Raises:
+        UserError: as `reopen`.
+    """
+    if config.resume is not None:
+        return reopen(continuation_of(config, image_set), overrides, report)
+    return RunDirectory.create(directory, plain(config), config.output_dir, overrides), None

@@ -5,6 +5,12 @@ python -m scripts.embed photos --neighbours=neighbours.png
 python -m scripts.embed photos --encoder=encoder.safetensors --out=features.parquet
 """
 
+from fedssl.config.help import answer
+
+if __name__ == "__main__":
+    answer("embed")  # before the imports below, which take seconds
+
+
 import sys
 from collections.abc import Sequence
 from itertools import pairwise

@@ -4,6 +4,12 @@ python -m scripts.export --out=encoder.onnx
 python -m scripts.export --encoder=encoder.safetensors
 """
 
+from fedssl.config.help import answer
+
+if __name__ == "__main__":
+    answer("export")  # before the imports below, which take seconds
+
+
 import importlib.util
 import warnings
 from pathlib import Path

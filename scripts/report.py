@@ -5,6 +5,12 @@ python -m scripts.report --run=outputs/DATE/TIME
 python -m scripts.report path=DIR                 # its images have moved
 """
 
+from fedssl.config.help import answer
+
+if __name__ == "__main__":
+    answer("report")  # before the imports below, which take seconds
+
+
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -15,7 +21,6 @@ from fedssl.data.image_set import ImageSet
 from fedssl.errors import UserError
 from fedssl.reporting.page import read_rounds, write_report
 from fedssl.runs.directory import RunDirectory
-from utils import open_source
 
 
 def prepare(settings: DictConfig) -> tuple[RunDirectory, DictConfig, ImageSet | None]:
@@ -31,12 +36,10 @@ def prepare(settings: DictConfig) -> tuple[RunDirectory, DictConfig, ImageSet | 
     config.precision = settings.precision
     if settings.path:
         config.dataset.path = settings.path
-    source = open_source(config.dataset)
-    if not source.is_here:
+    if config.dataset._target_.endswith("FolderSource") and not config.dataset.path:
         return run, config, None  # each client had a folder of its own
-    places = (config.dataset.image_size, settings.cache_dir, config.seed)
     try:
-        return run, config, open_image_set(source, *places, print)
+        return run, config, open_image_set(config.dataset, settings.cache_dir, config.seed, print)
     except UserError as error:
         raise UserError(f"{error}; if the images have moved, add path=DIR") from error
 

@@ -1,5 +1,6 @@
 """Fixtures on small real data: scikit-learn's digits and, where present, CIFAR-10."""
 
+import ast
 import fcntl
 import os
 import pty
@@ -17,7 +18,7 @@ from PIL import Image
 from fedssl.config.compose import load_config
 from fedssl.data.cache import open_image_set
 from fedssl.env import ROOT
-from utils import build_model, open_source
+from utils import build_method, open_source
 
 CIFAR10 = Path(os.environ.get("CIFAR10_DIR", ROOT.parent / "shared" / "data" / "cifar10"))
 CPU = torch.device("cpu")
@@ -31,6 +32,21 @@ LONGEST = ("test_deployment", "test_main", "test_resume", "test_faults", "test_w
 def pytest_collection_modifyitems(items):
     """Begin with the longest files, so that the workers end at the same time."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+def imported_modules(name):
+    """Name what a file at the root imports anywhere, functions included, with all parents."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for parts in (each.split(".") for each in names):
+            found |= {".".join(parts[:count]) for count in range(1, len(parts) + 1)}
+    return found
 
 
 def in_terminal(command, columns=80, **variables):
@@ -109,8 +125,8 @@ def digits(cache_dir):
 
 
 @pytest.fixture
-def model(config):
-    return build_model(config.model, config.dataset, 0, CPU)
+def method(config):
+    return build_method(config, CPU)
 
 
 @pytest.fixture

@@ -1,41 +1,67 @@
+"""SimCLR and NT-Xent against the paper's formula, loop by loop."""
+
 import math
 
 import pytest
 import torch
-import torchvision
+from samples import make_encoder, make_simclr, state_bytes
 
-from fedssl.networks.encoder import make_encoder, stem_for
-from fedssl.networks.state import load_state
+from fedssl.methods.base import local_arrays
 from model import SimCLR, nt_xent
-from utils import build_model
-
-CPU = torch.device("cpu")
 
 
 def naive_nt_xent(projections, temperature):
-    """Equation 1 of the paper, loop by loop."""
+    """Equation 1 of the paper, loop by loop: anchors, their partners, all others."""
     rows = len(projections)
-    unit = [z / z.norm() for z in projections.double()]
+    unit = [[float(x) / float(z.norm()) for x in z] for z in projections.double()]
+
+    def similarity(i, k):
+        total = 0.0
+        for a, b in zip(unit[i], unit[k], strict=True):
+            total += a * b
+        return total / temperature
+
     total = 0.0
     for i in range(rows):
-        j = (i + rows // 2) % rows
-        others = [math.exp(unit[i] @ unit[k] / temperature) for k in range(rows) if k != i]
-        total -= math.log(math.exp(unit[i] @ unit[j] / temperature) / sum(others))
+        partner = (i + rows // 2) % rows
+        others = 0.0
+        for k in range(rows):
+            if k != i:
+                others += math.exp(similarity(i, k))
+        total -= math.log(math.exp(similarity(i, partner)) / others)
     return total / rows
+
+
+def random_projections(images, size=5, seed=0):
+    return torch.randn(2 * images, size, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("images", [2, 3, 8])
 @pytest.mark.parametrize("temperature", [0.1, 0.5])
 def test_nt_xent_equals_the_formula(images, temperature):
-    projections = torch.randn(2 * images, 5, generator=torch.Generator().manual_seed(images))
+    projections = random_projections(images, seed=images)
     expected = naive_nt_xent(projections, temperature)
     assert float(nt_xent(projections, temperature)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_nt_xent_does_not_care_which_view_comes_first():
-    first, second = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+    first, second = random_projections(6).chunk(2)
     forward = nt_xent(torch.cat([first, second]), 0.5)
     assert torch.isclose(forward, nt_xent(torch.cat([second, first]), 0.5))
+
+
+def test_nt_xent_does_not_care_about_the_order_of_the_images():
+    first, second = random_projections(6).chunk(2)
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
+    mixed = nt_xent(torch.cat([first[order], second[order]]), 0.5)
+    assert torch.isclose(nt_xent(torch.cat([first, second]), 0.5), mixed)
+
+
+def test_nt_xent_does_care_whose_view_is_whose():
+    """Rows i and i + B are partners; neighbours are not."""
+    views = torch.eye(4).repeat(2, 1)
+    interleaved = views.view(2, 4, 4).transpose(0, 1).reshape(8, 4)
+    assert nt_xent(views, 0.5) < nt_xent(interleaved, 0.5) - 1
 
 
 def test_nt_xent_of_equal_projections_is_the_logarithm_of_the_choices():
@@ -49,7 +75,7 @@ def test_nt_xent_of_separated_pairs_has_its_closed_form():
 
 
 def test_nt_xent_computes_in_float32_under_autocast():
-    projections = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    projections = random_projections(8, size=8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = nt_xent(projections, 0.1)
     assert loss.dtype == torch.float32
@@ -62,75 +88,84 @@ def test_nt_xent_refuses_fewer_than_two_images(rows):
         nt_xent(torch.randn(rows, 4), 0.5)
 
 
-@pytest.mark.parametrize(("image_size", "side"), [(8, 8), (32, 32), (64, 32), (96, 48), (224, 56)])
-def test_the_stem_follows_the_image_size(image_size, side):
-    encoder = make_encoder("resnet18", stem_for(image_size))
-    images = torch.zeros(1, 3, image_size, image_size)
-    stem = encoder.maxpool(encoder.relu(encoder.bn1(encoder.conv1(images))))
-    assert stem.shape == (1, 64, side, side)
+@pytest.fixture
+def views():
+    return torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(("architecture", "features"), [("resnet18", 512), ("resnet50", 2048)])
-def test_the_encoder_has_torchvisions_names(architecture, features):
-    encoder = make_encoder(architecture, "imagenet")
-    plain = getattr(torchvision.models, architecture)()
-    missing, unexpected = plain.load_state_dict(encoder.state_dict(), strict=False)
-    assert (missing, unexpected) == (["fc.weight", "fc.bias"], [])
-    network = SimCLR(architecture, "conv3x3_stride1", 64, 32, [0.5] * 3, [0.5] * 3).eval()
-    images = torch.rand(2, 3, 16, 16)
-    assert network.features(images).shape == (2, features)
-    assert network(images).shape == (2, 32)
+def test_without_deep_supervision_total_and_reported_are_nt_xent(views):
+    method = make_simclr(temperature=0.2).eval()
+    losses = method.loss(views)
+    (projections,) = method.project(views)
+    expected = naive_nt_xent(projections.detach(), 0.2)
+    assert float(losses.reported) == pytest.approx(expected, rel=1e-4)
+    assert torch.equal(losses.total.detach(), losses.reported)
+    assert losses.total.requires_grad
+    assert not losses.reported.requires_grad
+    assert not losses.projections.requires_grad
+    torch.testing.assert_close(losses.projections, projections.detach())
+
+
+def test_both_views_go_through_the_method_in_their_order(views):
+    method = make_simclr().eval()
+    (projections,) = method.project(views)
+    for half, rows in zip(views.chunk(2), projections.chunk(2), strict=True):
+        torch.testing.assert_close(method.project(half)[0], rows, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["resnet18", "resnet50"])
-def test_deep_heads_project_earlier_stages(architecture):
-    deep = ["layer1", "layer3"]
-    network = SimCLR(architecture, "conv3x3_stride2", 64, 32, [0.5] * 3, [0.5] * 3, deep).eval()
-    views = torch.rand(4, 3, 32, 32)
-    last, *others = network.project_stages(views)
-    torch.testing.assert_close(last, network(views))
-    assert [other.shape for other in others] == [(4, 32)] * 2
-    torch.testing.assert_close(network.stages(views)["layer4"], network.features(views))
-    (third,) = [network.deep_heads["layer3"](network.stages(views)["layer3"])]
-    torch.testing.assert_close(others[1], third)
+def test_deep_heads_project_earlier_stages(architecture, views):
+    encoder = make_encoder(architecture, "conv3x3_stride2")
+    method = make_simclr(encoder=encoder, deep=["layer1", "layer3"]).eval()
+    last, *others = method.project(views)
+    assert [other.shape for other in (last, *others)] == [(8, 32)] * 3
+    torch.testing.assert_close(last, method.projection_head(encoder(views)))
+    stages = encoder.stages(views)
+    for name, found in zip(["layer1", "layer3"], others, strict=True):
+        torch.testing.assert_close(found, method.deep_heads[name](stages[name]))
 
 
-@pytest.mark.parametrize("size", [8, 32])
-def test_the_encoder_computes_what_torchvisions_does(size):
-    ours = make_encoder("resnet18", "imagenet")
-    theirs = torchvision.models.resnet18()
-    theirs.fc = torch.nn.Identity()
-    theirs.load_state_dict(ours.state_dict())
-    images = torch.rand(16, 3, size, size)  # BatchNorm over a few values magnifies rounding
-    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-3, atol=1e-4)
+def test_deep_supervision_adds_the_mean_of_its_losses_but_reports_the_last_stages(views):
+    method = make_simclr(deep=["layer1", "layer2"]).eval()
+    losses = method.loss(views)
+    projections = [projected.detach() for projected in method.project(views)]
+    last, *deep = (float(nt_xent(each, method.temperature)) for each in projections)
+    assert float(losses.reported) == pytest.approx(last, rel=1e-6)
+    assert float(losses.total) == pytest.approx(last + sum(deep) / 2, rel=1e-6)
+    losses.total.backward()
+    for head in method.deep_heads.values():
+        assert float(head[0].weight.grad.norm()) > 0
 
 
-@pytest.mark.parametrize("names", [("resnet34", "imagenet"), ("resnet18", "wide")])
-def test_unknown_architectures_are_refused(names):
-    with pytest.raises(ValueError, match="unknown"):
-        make_encoder(*names)
+def test_deep_heads_do_not_change_the_rest_of_the_initialization():
+    plain, deep = make_simclr(seed=3), make_simclr(seed=3, deep=["layer2"])
+    state = deep.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in plain.state_dict().items())
 
 
-def test_the_seed_alone_decides_the_initialization(config):
-    torch.manual_seed(7)
-    before = torch.random.get_rng_state()
-    first = build_model(config.model, config.dataset, 1, CPU).state_dict()
-    assert torch.equal(torch.random.get_rng_state(), before)
-    torch.manual_seed(8)
-    again = build_model(config.model, config.dataset, 1, CPU).state_dict()
-    other = build_model(config.model, config.dataset, 2, CPU).state_dict()
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["encoder.conv1.weight"], other["encoder.conv1.weight"])
+def test_all_of_simclrs_state_is_shared():
+    method = make_simclr(deep=["layer2"])
+    assert method.local_names() == frozenset()
+    assert local_arrays(method) == {}
+    assert list(method.shared_state()) == list(method.state_dict())
+    before = state_bytes(method)
+    method.after_step(0.5)
+    assert state_bytes(method) == before
 
 
-@pytest.mark.parametrize("defect", ["missing", "unknown", "shape"])
-def test_a_wrong_state_is_named(model, defect):
-    state = model.state_dict()
-    if defect == "missing":
-        del state["encoder.bn1.weight"]
-    elif defect == "unknown":
-        state["encoder.bn1.extra"] = torch.zeros(1)
-    else:
-        state["encoder.bn1.weight"] = torch.zeros(3)
-    with pytest.raises(ValueError, match=rf"{defect}.*encoder\.bn1|encoder\.bn1.*{defect}"):
-        load_state(model, state)
+class PrivateHead(SimCLR):
+    """Keeps its projection head with the client."""
+
+    def local_names(self):
+        return frozenset(f"projection_head.{name}" for name in self.projection_head.state_dict())
+
+
+def test_shared_state_leaves_local_names_out_and_local_arrays_are_copies():
+    method = PrivateHead(make_encoder(), 0.5, 16, 8)
+    shared = method.shared_state()
+    assert list(shared) == [f"encoder.{name}" for name in method.encoder.state_dict()]
+    kept = local_arrays(method)
+    assert kept.keys() | shared.keys() == method.state_dict().keys()
+    assert not kept.keys() & shared.keys()
+    torch.nn.init.zeros_(method.projection_head[0].weight)
+    assert kept["projection_head.0.weight"].any()

@@ -14,7 +14,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from fedssl.config.compose import CONF, load_config
+from fedssl.config.compose import CONF, evaluation_overrides, load_config
+from fedssl.config.moved import modernize_overrides
 from fedssl.errors import UserError
 from fedssl.terminal import print_line
 
@@ -92,6 +93,26 @@ def jobs_of(arguments: Sequence[str]) -> list[list[str]]:
     return [list(job) for job in product(*choices)]
 
 
+def read_arguments(
+    name: str, arguments: Sequence[str], complete: Callable[[Sequence[str]], list[str]] = list
+) -> list[str]:
+    """Turn a command line into what Hydra understands; say which settings have moved.
+
+    Args:
+        name: of the configuration below conf/.
+        complete: adds overrides that the given ones imply.
+
+    Raises:
+        UserError: a flag without a value, or what `complete` raises.
+    """
+    overrides, notices = modernize_overrides(flags_to_overrides(arguments))
+    if "quiet=true" not in overrides:
+        for notice in notices:
+            print(notice, file=sys.stderr)
+    overrides = complete(overrides)
+    return evaluation_overrides(overrides) if name == "test" else overrides
+
+
 def run_entry(
     name: str,
     check: Callable[[DictConfig], object],
@@ -99,6 +120,8 @@ def run_entry(
     complete: Callable[[Sequence[str]], list[str]] = list,
 ) -> None:
     """Run a program: flags to overrides, every check of every job, then Hydra and the job.
+
+    Of settings under an old name a line says where they are now.
 
     Args:
         name: of the configuration below conf/.
@@ -112,13 +135,13 @@ def run_entry(
 
     @functools.wraps(job)
     def guarded(config: DictConfig) -> None:
-        with _one_line():
+        with one_line():
             job(config)
 
     earlier = signal.signal(signal.SIGINT, _interrupt)
     try:
-        with _one_line():
-            arguments = complete(flags_to_overrides(sys.argv[1:]))
+        with one_line():
+            arguments = read_arguments(name, sys.argv[1:], complete)
             if is_informative(arguments):
                 given = [a for a in arguments if "=" in a and not a.startswith("-")]
                 load_config(name, [] if {"-sc", "--shell-completion"} & set(arguments) else given)
@@ -148,7 +171,7 @@ def _leave(line: str) -> None:
 
 
 @contextmanager
-def _one_line() -> Iterator[None]:
+def one_line() -> Iterator[None]:
     """End the program with one line instead of a traceback."""
     try:
         yield

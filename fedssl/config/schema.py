@@ -1,203 +1,239 @@
-"""What values the settings may have."""
+"""Every setting of every program: its place, and by the models its type, range and help.
 
-from collections.abc import Iterable
-from difflib import get_close_matches
-from math import inf, isfinite
-from typing import Any
+A new option of a group is a yaml below conf/ and a line here. The defaults reach Hydra
+as `schema/NAME` of its ConfigStore, from which the yaml files start.
+"""
 
-from fedssl.errors import UserError
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
-# Lowest and highest value; a third element True: the lowest itself is excluded.
-POSITIVE = (0, inf, True)
-PROBABILITY = (0, 1)
-RANGES: dict[str, tuple] = {
-    "num_clients": (1, inf),
-    "num_rounds": (1, inf),
-    "min_nodes": (1, inf),
-    "node_wait_s": (0, inf),
-    "round_timeout_s": POSITIVE,
-    "min_results": (1, inf),
-    "max_step_ratio": (1, inf),
-    "num_cpus": (1, inf),
-    "num_gpus": (0, inf),
-    "seed": (0, 2**31 - 1),
-    "held_out": (0, 0.5, True),
-    "keep_checkpoints": (1, inf),
-    "monitor.bank": (1, inf),
-    "monitor.queries": (1, inf),
-    "monitor.neighbors": (1, inf),
-    "dataset.image_size": (4, 4096),
-    "train.encode_size": (4, 4096),
-    "dataset.test_fraction": (0, 0.9, True),
-    "model.projection_hidden": (1, inf),
-    "model.projection_size": (1, inf),
-    "train.local_epochs": (1, inf),
-    "train.batch_size": (2, inf),
-    "train.max_steps": (0, inf),
-    "train.learning_rate": POSITIVE,
-    "train.momentum": (0, 0.9999),
-    "train.muon_learning_rate": POSITIVE,
-    "train.muon_momentum": (0, 0.9999),
-    "train.weight_decay": (0, inf),
-    "train.temperature": POSITIVE,
-    "augment.flip": PROBABILITY,
-    "augment.jitter": PROBABILITY,
-    "augment.grayscale": PROBABILITY,
-    "augment.blur": PROBABILITY,
-    "augment.rotation": (0, 180),
-    "augment.shear": (0, 2),
-    "augment.brightness": (0, inf),
-    "augment.contrast": (0, inf),
-    "augment.saturation": (0, inf),
-    "augment.hue": (0, 0.5),
-    "partition.alpha": POSITIVE,
-    "strategy.fraction_train": (0, 1, True),
-    "strategy.fraction_evaluate": (0, 1, True),
-    "label_fraction": (0, 1, True),
-    "seeds": (1, inf),
-    "epochs": (1, inf),
-    "batch_size": (1, inf),
-    "feature_batch_size": (1, inf),
-    "learning_rate": POSITIVE,
-    "encoder_learning_rate": POSITIVE,
-    "weight_decay": (0, inf),
-    "knn_neighbors": (1, inf),
-    "supervised.epochs": (1, inf),
-    "supervised.batch_size": (2, inf),
-    "supervised.learning_rate": POSITIVE,
-    "supervised.weight_decay": (0, inf),
-    "map_images": (2, inf),
-    "perplexity": (1, inf),
-    "queries": (1, inf),
+from hydra.core.config_store import ConfigStore
+from pydantic import Field
+
+from fedssl.config import sections
+from fedssl.config.fields import Partitions, Section, layout_of
+from fedssl.config.sections import LARGEST_SEED
+
+Precision = Literal["auto", "float32", "bfloat16"]
+PRECISION = Field(default="auto", description="auto, float32 or bfloat16")
+CACHE_DIR = Field(default="~/.cache/federated-simclr", description="decoded images")
+RUN = "outputs/latest"
+
+
+class Monitor(Section):
+    """The kNN accuracy after every round, on training images; the test set stays unseen."""
+
+    bank: int = Field(default=2000, ge=1, description="labelled images to compare with")
+    queries: int = Field(default=1000, ge=1, description="images to classify after every round")
+    neighbors: int = Field(default=10, ge=1, description="that decide")
+
+
+class MainSettings(Section):
+    """What `python main.py` has beside its groups."""
+
+    num_clients: int = Field(
+        default=5, ge=1, description="clients, each with its part of the images"
+    )
+    num_rounds: int = Field(default=7, ge=1, description="rounds of training and averaging")
+    num_cpus: int | None = Field(
+        default=None, ge=1, description="CPU cores per client process; null: shared out"
+    )
+    num_gpus: float | None = Field(
+        default=None, ge=0, description="share of a GPU per client process; null: a whole one"
+    )
+    ray_address: str | None = Field(
+        default=None, description="HOST:PORT of a Ray cluster; auto: the one on this machine"
+    )
+    quiet: bool = Field(default=False, description="show only results, failures and warnings")
+    resume: str | None = Field(
+        default=None, description="go on with the newest run, latest, or with a directory"
+    )
+    participants: Partitions = Field(
+        default=[], description="partitions that take part, as [0] for a client alone; []: all"
+    )
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="decides every random choice")
+    precision: Precision = PRECISION
+    min_nodes: int | None = Field(
+        default=None, ge=1, description="clients that a round waits for; null: num_clients"
+    )
+    node_wait_s: int = Field(default=600, ge=0, description="seconds to wait for them")
+    round_timeout_s: int = Field(default=3600, gt=0, description="seconds to wait for replies")
+    min_results: int = Field(
+        default=1, ge=1, description="clients that must come back from a round"
+    )
+    max_update_ratio: float | None = Field(
+        default=10,
+        ge=1,
+        description="reject updates so many times longer than the median's; null: none",
+    )
+    held_out: float = Field(
+        default=0.1, gt=0, le=0.5, description="share of a client's images for its loss"
+    )
+    keep_checkpoints: int = Field(
+        default=3, ge=1, description="the newest so many stay, and the final one"
+    )
+    monitor: Monitor = Field(default=Monitor(), description="kNN accuracy after every round")
+    output_dir: str = Field(default="outputs", description="a run leaves its files below it")
+    run_dir: str = Field(
+        default="${output_dir}/${now:%Y-%m-%d}/${now:%H-%M-%S}", description="of this run"
+    )
+    cache_dir: str = CACHE_DIR
+
+
+class TestSettings(Section):
+    """What `python test.py` has beside the keys of the protocol."""
+
+    run: str = Field(default=RUN, description="directory of a run of main.py")
+    checkpoint: str | None = Field(
+        default=None, description="or one file below a run's checkpoints/"
+    )
+    path: str | None = Field(default=None, description="the images, if they moved since training")
+    precision: Precision = PRECISION
+    quiet: bool = Field(default=False, description="show only results and warnings")
+    cache_dir: str = CACHE_DIR
+
+
+class EmbedSettings(Section):
+    """What `python -m scripts.embed` has."""
+
+    folder: str | None = Field(default=None, description="of images, at any depth")
+    out: str = Field(default="features.parquet", description="where the features go")
+    run: str = Field(default=RUN, description="directory of a run that has ended")
+    encoder: str | None = Field(default=None, description="or one encoder.safetensors")
+    neighbours: str | None = Field(
+        default=None, description="a PNG file, for some images and those most similar to each"
+    )
+    batch_size: int = Field(default=256, ge=1, description="images encoded at once")
+    precision: Precision = PRECISION
+
+
+class ExportSettings(Section):
+    """What `python -m scripts.export` has."""
+
+    out: str = Field(default="encoder.onnx", description="where the network goes")
+    run: str = Field(default=RUN, description="directory of a run that has ended")
+    encoder: str | None = Field(default=None, description="or one encoder.safetensors")
+
+
+class ReportSettings(Section):
+    """What `python -m scripts.report` has beside the keys of the figures."""
+
+    run: str = Field(default=RUN, description="directory of a run of main.py")
+    path: str | None = Field(default=None, description="the images, if they moved since training")
+    precision: Precision = PRECISION
+    cache_dir: str = CACHE_DIR
+
+
+@dataclass(frozen=True)
+class Group:
+    """A section of which conf/ has several options.
+
+    Attributes:
+        help: what the group decides.
+        models: the schema of an option by the value of the key `told_by`; by "" for all.
+    """
+
+    help: str
+    models: Mapping[str, type[Section]]
+    told_by: str = "_target_"
+
+    def model_of(self, section: Mapping[str, Any]) -> type[Section] | None:
+        """Choose the schema of a section; None if it is of no option."""
+        told = section.get(self.told_by)
+        return self.models.get("") or (self.models.get(told) if isinstance(told, str) else None)
+
+
+FLOWER = "flwr.serverapp.strategy"
+PARTITIONER = "flwr_datasets.partitioner"
+GROUPS = {
+    "dataset": Group(
+        "images, with views, training and head to suit",
+        {
+            "fedssl.data.sources.digits.DigitsSource": sections.Dataset,
+            "fedssl.data.sources.hub.HubSource": sections.HubDataset,
+            "fedssl.data.sources.folder.FolderSource": sections.FolderDataset,
+        },
+    ),
+    "method": Group("what the clients learn by", {"model.SimCLR": sections.SimCLR}),
+    "model": Group("encoder and projection head", {"": sections.Model}),
+    "augment": Group("random views of an image", {"": sections.Augment}),
+    "train": Group("how long clients train", {"": sections.Train}),
+    "optimizer": Group(
+        "what moves the weights", {"sgd": sections.Sgd, "muon": sections.Muon}, "name"
+    ),
+    "partition": Group(
+        "how images are dealt out",
+        {
+            f"{PARTITIONER}.IidPartitioner": sections.IidPartition,
+            f"{PARTITIONER}.DirichletPartitioner": sections.DirichletPartition,
+            f"{PARTITIONER}.PathologicalPartitioner": sections.PathologicalPartition,
+        },
+    ),
+    "strategy": Group(
+        "how the server averages",
+        {
+            f"{FLOWER}.FedAvg": sections.Strategy,
+            f"{FLOWER}.FedAdam": sections.FedAdam,
+            f"{FLOWER}.FedAvgM": sections.FedAvgM,
+            f"{FLOWER}.FedMedian": sections.Strategy,
+            f"{FLOWER}.FedProx": sections.FedProx,
+            f"{FLOWER}.FedTrimmedAvg": sections.FedTrimmedAvg,
+            f"{FLOWER}.Krum": sections.Krum,
+        },
+    ),
+    "eval": Group(
+        "how good the encoder is",
+        {
+            "fedssl.evaluation.linear.LinearEvaluation": sections.LinearEvaluation,
+            "fedssl.evaluation.finetune.FineTuning": sections.FineTuning,
+            "fedssl.evaluation.supervised.SupervisedTraining": sections.SupervisedTraining,
+        },
+    ),
+    "head": Group("head that suits the images", {"": sections.Head}),
+    "figures": Group("pictures of the report", {"": sections.Figures}),
 }
-# Lists of any length: lowest and highest item.
-WHOLE_NUMBERS: dict[str, tuple[int, float]] = {
-    "participants": (0, inf),
-    "train.view_sizes": (4, 4096),
-}
-# Lists of any length: shares of a whole, above 0.
-SHARES = ("train.round_lengths",)
-# Lists of any length: the items there are.
-NAMES: dict[str, tuple[str, ...]] = {"model.deep_supervision": ("layer1", "layer2", "layer3")}
-# Types of the values whose default is null.
-NULLABLE: dict[str, tuple[type, ...]] = {
-    "min_nodes": (int,),
-    "max_step_ratio": (int, float),
-    "resume": (str,),
-    "ray_address": (str,),
-    "num_cpus": (int,),
-    "num_gpus": (int, float),
-    "checkpoint": (str,),
-    "path": (str,),
-    "folder": (str,),
-    "encoder": (str,),
-    "neighbours": (str,),
-    "learning_rate": (int, float),
-    "weight_decay": (int, float),
-    "dataset.name": (str,),
-    "dataset.hub_name": (str,),
-    "dataset.path": (str,),
-    "dataset.test_fraction": (float,),
-    "train.encode_size": (int,),
-    "dataset.label_column": (str,),
-    "dataset.test_split": (str,),
-    "dataset.revision": (str,),
-}
-CHOICES: dict[str, tuple[str, ...]] = {
-    "precision": ("auto", "float32", "bfloat16"),
-    "dataset.source": ("digits", "hub", "imagefolder"),
-    "partition.partition_by": ("label", "class_group"),
-    "partition.class_assignment_mode": ("deterministic", "first-deterministic", "random"),
-    "model.encoder": ("resnet18", "resnet50"),
-    "model.stem": ("auto", "conv3x3_stride1", "conv3x3_stride2", "imagenet"),
-    "train.optimizer": ("sgd", "muon"),
-    "mode": ("linear", "finetune", "supervised"),
+
+
+@dataclass(frozen=True)
+class Program:
+    """The settings of a program.
+
+    Attributes:
+        settings: the keys at the top.
+        groups: the sections that are options of a group.
+        at_top: a group whose keys stand at the top, too.
+        optional: a group that need not be there.
+        open: keys of `at_top` that may be null.
+    """
+
+    settings: type[Section]
+    groups: tuple[str, ...] = ()
+    at_top: str | None = None
+    optional: str | None = None
+    open: tuple[str, ...] = ()
+
+
+PROGRAMS = {
+    "config": Program(MainSettings, tuple(GROUPS)),
+    "test": Program(
+        TestSettings,
+        at_top="eval",
+        optional="dataset",
+        open=("learning_rate", "weight_decay"),
+    ),
+    "embed": Program(EmbedSettings),
+    "export": Program(ExportSettings),
+    "report": Program(ReportSettings, at_top="figures"),
 }
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Name the known words for the end of a message, and the nearest if one is near."""
-    known = list(known)
-    every = f"known: {', '.join(known)}"
-    close = get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]}? ({every})" if close else every
+def store_defaults() -> None:
+    """Hand every section's defaults to Hydra, for the defaults lists of conf/."""
+    store = ConfigStore.instance()
+    models = {model for group in GROUPS.values() for model in group.models.values()}
+    for model in models | {program.settings for program in PROGRAMS.values()}:
+        store.store(model.__name__, layout_of(model), group="schema")
 
 
-def _check_value(key: str, value: Any, default: Any) -> None:
-    # test.yaml and report.yaml have the keys of these groups at their top.
-    short = key.removeprefix("eval.").removeprefix("figures.")
-    if short in CHOICES:
-        if value not in CHOICES[short]:
-            raise UserError(f"{key}={value}: {nearest(str(value), CHOICES[short])}")
-        return
-    allowed = NULLABLE.get(key)
-    if value is None and (allowed or default is None):
-        return
-    _check_type(key, value, allowed or _types_like(default))
-    if isinstance(value, float) and not isfinite(value):
-        raise UserError(f"{key}={value}: must be a finite number")
-    if isinstance(value, list):
-        if key in WHOLE_NUMBERS:
-            _check_whole_numbers(key, value, *WHOLE_NUMBERS[key])
-        elif key in SHARES:
-            _check_shares(key, value)
-        elif key in NAMES:
-            _check_names(key, value, NAMES[key])
-        else:
-            _check_list(key, value, len(default))
-    if short in RANGES:
-        _check_range(key, value, *RANGES[short])
-
-
-def _check_list(key: str, value: list[Any], length: int) -> None:
-    """Check channel statistics and ranges: numbers, as many as shipped."""
-    if len(value) != length or not all(
-        type(item) in (int, float) and isfinite(item) for item in value
-    ):
-        raise UserError(f"{key}={value}: must be a list of {length} numbers")
-    if length == 2 and not 0 < value[0] <= value[1]:
-        raise UserError(f"{key}={value}: must rise from a number above 0")
-
-
-def _check_whole_numbers(key: str, value: list[Any], low: int, high: float) -> None:
-    if not all(type(item) is int and low <= item <= high for item in value):
-        bound = f"{low} to {high}" if high < inf else f"from {low} on"
-        raise UserError(f"{key}={value}: must be a list of whole numbers, {bound}")
-
-
-def _check_shares(key: str, value: list[Any]) -> None:
-    if not all(type(item) in (int, float) and 0 < item <= 1 for item in value):
-        raise UserError(f"{key}={value}: must be a list of numbers above 0 and at most 1")
-
-
-def _check_names(key: str, value: list[Any], known: tuple[str, ...]) -> None:
-    for item in value:
-        if item not in known:
-            raise UserError(f"{key}={value}: no {item}; {nearest(str(item), known)}")
-
-
-def _types_like(default: Any) -> tuple[type, ...]:
-    if isinstance(default, float):
-        return (int, float)
-    return () if default is None else (type(default),)
-
-
-def _check_type(key: str, value: Any, allowed: tuple[type, ...]) -> None:
-    if not allowed or (
-        isinstance(value, allowed) and not (isinstance(value, bool) and bool not in allowed)
-    ):
-        return
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    wanted = names.get(allowed[-1], "a list")
-    raise UserError(f"{key}={value}: must be {wanted}")
-
-
-def _check_range(
-    key: str, value: float, low: float, high: float, low_excluded: bool = False
-) -> None:
-    if low <= value <= high and not (low_excluded and value == low):
-        return
-    bound = f"above {low}" if low_excluded else f"at least {low}"
-    if high < inf:
-        bound += f" and at most {high}"
-    raise UserError(f"{key}={value}: must be {bound}")
+store_defaults()

@@ -83,9 +83,11 @@ def _make_server(folder: Path, names: list[x509.GeneralName], days: int) -> list
         return []
     authority = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
     authority_key = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
+    if not isinstance(authority_key, ec.EllipticCurvePrivateKey):
+        raise UserError(f"--out={folder}: ca.key is not of an elliptic curve; choose another")
     key = ec.generate_private_key(CURVE())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "SuperLink")])
-    signer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key())
+    signer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key())
     signed = (
         _builder(subject, authority.subject, key, days)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)

@@ -17,6 +17,7 @@ from click import ClickException
 from flwr.common.config import parse_config_args
 
 from fedssl.config.compose import load_config
+from fedssl.config.moved import modernize_overrides
 from fedssl.deployment.superlink import Link
 from fedssl.errors import UserError
 
@@ -80,8 +81,11 @@ def check_run_config(text: str, overrides: Sequence[str]) -> dict[str, Any]:
     """
     values = _read_pairs("--run-config", text, ("hydra-overrides",))
     joined = [*shlex.split(str(values.get("hydra-overrides", ""))), *overrides]
-    load_config("config", joined)
-    return {"hydra-overrides": shlex.join(joined)}
+    overrides, notices = modernize_overrides(joined)
+    for notice in notices:
+        print(notice, file=sys.stderr)
+    load_config("config", overrides)
+    return {"hydra-overrides": shlex.join(overrides)}
 
 
 def check_node_config(text: str) -> dict[str, Any]:

@@ -1,60 +1,111 @@
-"""What fine-tuning and supervised training share: a classifier and its loop."""
+"""What evaluations share that train a classifier: the settings, the loop, whole networks."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
-from fedssl.data.views import Augmentation
-from model import SimCLR
+from fedssl.evaluation.base import Evaluation, EvaluationData
+from fedssl.networks.encoder import Encoder
+
+LogitsOf = Callable[[Tensor], Tensor]  # rows, int64 (B,), to logits (B, num_classes)
+# Trains an encoder in place on the labelled rows of a seed; gives the head on it.
+TrainNetwork = Callable[[Encoder, EvaluationData, np.ndarray, int], nn.Linear]
 
 
-def _fit(
+@dataclass(frozen=True)
+class ClassifierEvaluation(Evaluation):
+    """An evaluation that trains a classifier by SGD with momentum 0.9.
+
+    Attributes:
+        epochs: passes over the labelled images.
+        batch_size: labelled images per step.
+        learning_rate: of the first step; it falls to zero along a cosine.
+        weight_decay: of the classifier.
+    """
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+
+
+def fit(
+    settings: ClassifierEvaluation,
     groups: list[dict[str, Any]],
-    logits_of: Callable[[Tensor], Tensor],
+    logits_of: LogitsOf,
     targets: Tensor,
-    settings: Mapping[str, Any],
-    generator: torch.Generator,
+    generator: Generator,
 ) -> None:
-    """Minimize the cross entropy over rows for the epochs of the settings."""
-    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=settings["weight_decay"])
-    batches = -(-len(targets) // settings["batch_size"])
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings["epochs"] * batches)
-    for _ in range(settings["epochs"]):
+    """Minimize the cross entropy over all rows, in a new order every epoch.
+
+    Args:
+        groups: of parameters, as optimizers take them, each with its "lr".
+        targets: classes, int64 (N,), on the device of the logits.
+        generator: on the CPU; decides the order.
+    """
+    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=settings.weight_decay)
+    batches = -(-len(targets) // settings.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * batches)
+    for _ in range(settings.epochs):
         for rows in torch.randperm(len(targets), generator=generator).chunk(batches):
-            loss = F.cross_entropy(logits_of(rows), targets[rows].to(groups[0]["params"][0].device))
+            loss = F.cross_entropy(logits_of(rows), targets[rows.to(targets.device)])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             schedule.step()
 
 
-def _classifier(
-    model: SimCLR,
-    images: np.ndarray,
-    num_classes: int,
-    augmentation: Augmentation,
-    dtype: torch.dtype,
-    generator: torch.Generator,
-) -> tuple[nn.Linear, Callable[[Tensor], Tensor]]:
-    """Put a linear head on an encoder; give it with a function from rows to logits.
-
-    The views are cropped, turned and flipped as in training, their colours stay.
-    """
-    device = model.mean.device
-    head = nn.Linear(model.feature_size, num_classes, device=device)
+def zero_linear(features: int, classes: int, device: torch.device) -> nn.Linear:
+    """Build a linear layer of zeros, which favours no class."""
+    head = nn.Linear(features, classes, device=device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
-    mild = replace(augmentation, jitter=0.0, grayscale=0.0, blur=0.0)
+    return head
 
-    def logits_of(rows: Tensor) -> Tensor:
-        batch = torch.from_numpy(images[rows.numpy()]).to(device)
-        views = mild.two_views(batch, generator)[: len(rows)]
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return head(model.features(views)).float()
 
-    return head, logits_of
+def put_head(
+    encoder: Encoder, data: EvaluationData, rows: np.ndarray, generator: Generator
+) -> tuple[nn.Linear, LogitsOf, Tensor]:
+    """Put a linear head on an encoder that trains with it.
+
+    Views are cropped, turned and flipped as in training, their colours stay.
+
+    Args:
+        rows: of the labelled training images, int64 (N,).
+        generator: on the CPU; decides the views.
+
+    Returns:
+        The head; a function from places in `rows` to logits; the targets (N,).
+    """
+    device = data.backend.device
+    pixels = np.asarray(data.train.pixels[rows])
+    targets = torch.from_numpy(data.train.labels[rows]).to(device)
+    head = zero_linear(encoder.feature_size, data.num_classes, device)
+    mild = replace(data.views, jitter=0.0, grayscale=0.0, blur=0.0)
+
+    def logits_of(places: Tensor) -> Tensor:
+        batch = torch.from_numpy(pixels[places.numpy()]).to(device)
+        views = mild.two_views(batch, generator)[: len(places)]
+        with data.backend.autocast():
+            return head(encoder(views)).float()
+
+    return head, logits_of, targets
+
+
+def score_networks(encoder: Encoder, data: EvaluationData, train: TrainNetwork) -> list[float]:
+    """Train a copy of an encoder for each draw of labels; give the top-1 of each."""
+    scores = []
+    for seed, rows in data.draws():
+        trained = copy.deepcopy(encoder)
+        head = train(trained, data, rows, seed)
+        features = torch.from_numpy(data.features(trained, data.test.pixels))
+        with torch.inference_mode():
+            predicted = head(features.to(data.backend.device)).argmax(dim=1).cpu().numpy()
+        scores.append(data.top1(predicted))
+    return scores

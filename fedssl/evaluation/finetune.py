@@ -1,44 +1,52 @@
 """Fine-tuning: the encoder is trained on labels together with a linear head."""
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import nn
 
-from fedssl.data.views import Augmentation
-from fedssl.evaluation.classifier import _classifier, _fit
+from fedssl.evaluation.base import EvaluationData, Score
+from fedssl.evaluation.classifier import ClassifierEvaluation, fit, put_head, score_networks
+from fedssl.networks.encoder import Encoder
 from fedssl.seeding import generator_for
-from model import SimCLR
 
 
-def finetune(
-    model: SimCLR,
-    images: np.ndarray,
-    labels: np.ndarray,
-    num_classes: int,
-    augmentation: Augmentation,
-    settings: Mapping[str, Any],
-    dtype: torch.dtype,
-    seed: int,
-) -> nn.Module:
-    """Train the encoder in place together with a linear head on labelled images.
+@dataclass(frozen=True)
+class FineTuning(ClassifierEvaluation):
+    """The encoder tuned together with its head, from the same start for each draw of labels.
 
-    The images (uint8, (N, 3, H, W)) are cropped, turned and flipped as in
-    training, their colours stay. BatchNorm keeps its statistics: those of small
-    labelled batches are worse. Returns the head.
+    Attributes:
+        encoder_learning_rate: of the encoder, which has no weight decay.
+        knn_neighbors: as in the linear evaluation; not used.
     """
-    generator = generator_for(seed, "finetune")
-    head, logits_of = _classifier(model, images, num_classes, augmentation, dtype, generator)
-    model.eval()
-    groups = [
-        {"params": list(head.parameters()), "lr": settings["learning_rate"]},
-        {
-            "params": list(model.encoder.parameters()),
-            "lr": settings["encoder_learning_rate"],
-            "weight_decay": 0.0,
-        },
-    ]
-    _fit(groups, logits_of, torch.from_numpy(labels), settings, generator)
-    return head
+
+    mode = "finetune"
+    title = "Fine-tuning"
+
+    encoder_learning_rate: float
+    knn_neighbors: int
+
+    def run(self, name: str, encoder: Encoder, data: EvaluationData) -> list[Score]:
+        """Score tuned copies of the encoder."""
+        return [Score(name, "fine-tuned", score_networks(encoder, data, self.train))]
+
+    def train(
+        self, encoder: Encoder, data: EvaluationData, rows: np.ndarray, seed: int
+    ) -> nn.Linear:
+        """Train the encoder in place together with the head that is returned.
+
+        BatchNorm keeps its statistics: those of small labelled batches are worse.
+        """
+        generator = generator_for(seed, "finetune")
+        head, logits_of, targets = put_head(encoder, data, rows, generator)
+        encoder.eval()
+        groups = [
+            {"params": list(head.parameters()), "lr": self.learning_rate},
+            {
+                "params": list(encoder.parameters()),
+                "lr": self.encoder_learning_rate,
+                "weight_decay": 0.0,
+            },
+        ]
+        fit(self, groups, logits_of, targets, generator)
+        return head

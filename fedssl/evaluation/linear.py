@@ -1,62 +1,80 @@
-"""The linear head on frozen features, and the labels that it sees."""
+"""Linear evaluation: a linear head, and nearest neighbours, over a frozen encoder."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
-from torch import nn
 
-from fedssl.errors import UserError
-from fedssl.evaluation.classifier import _fit
+from fedssl.evaluation.base import EvaluationData, Score
+from fedssl.evaluation.classifier import ClassifierEvaluation, fit, zero_linear
+from fedssl.evaluation.knn import knn_accuracy
+from fedssl.networks.encoder import Encoder
+from fedssl.networks.state import state_digest
 from fedssl.seeding import generator_for
 
 
-def draw_labelled(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Draw the rows whose labels the head may see: stratified, sorted, int64.
+@dataclass(frozen=True)
+class LinearEvaluation(ClassifierEvaluation):
+    """A linear head on the features of the frozen encoder, and kNN beside it.
 
-    Raises:
-        UserError: too few for every class to appear.
+    Attributes:
+        knn_neighbors: that vote.
     """
-    rows = np.arange(len(labels))
-    if fraction == 1:
-        return rows
-    classes = np.unique(labels)
-    remedy = f"too few labels for each of the {len(classes)} classes to appear; raise it"
-    try:
-        drawn, _ = train_test_split(rows, train_size=fraction, stratify=labels, random_state=seed)
-    except ValueError as error:
-        raise UserError(f"label_fraction={fraction}: {remedy}") from error
-    if len(np.unique(labels[drawn])) < len(classes):
-        raise UserError(f"label_fraction={fraction}: {len(drawn)} labels, {remedy}")
-    return np.sort(drawn)
+
+    mode = "linear"
+    title = "Linear evaluation"
+
+    knn_neighbors: int
+
+    def run(self, name: str, encoder: Encoder, data: EvaluationData) -> list[Score]:
+        """Score both, with the checksum that the encoder had before and after.
+
+        Raises:
+            RuntimeError: the encoder changed, which would be a defect.
+        """
+        digest = state_digest(encoder)
+        rows = np.unique(np.concatenate(data.labelled))
+        features = data.features(encoder, data.train.pixels[rows])
+        test_features = data.features(encoder, data.test.pixels)
+        linear, knn = [], []
+        for seed, labelled in data.draws():
+            bank, labels = features[np.searchsorted(rows, labelled)], data.train.labels[labelled]
+            predict = train_linear_head(bank, labels, data.num_classes, self, seed)
+            linear.append(data.top1(predict(test_features)))
+            test = test_features, data.test.labels
+            knn.append(knn_accuracy(bank, labels, *test, self.knn_neighbors))
+        if state_digest(encoder) != digest:
+            raise RuntimeError("the frozen encoder changed during the evaluation")
+        return [
+            Score(name, "linear head", linear, encoder_sha256=digest),
+            Score(name, "kNN", knn, encoder_sha256=digest),
+        ]
 
 
 def train_linear_head(
     features: np.ndarray,
     labels: np.ndarray,
     num_classes: int,
-    settings: Mapping[str, Any],
+    settings: ClassifierEvaluation,
     seed: int,
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Train a linear softmax classifier on standardized features, float32 (N, D).
+    """Train a linear softmax classifier on standardized features.
 
-    SGD with momentum 0.9, the rate falling to zero along a cosine.
+    Args:
+        features: float32 (N, D).
+        labels: int64 (N,), below num_classes.
 
     Returns:
         A function from features (M, D) to predicted classes (M,).
     """
     scaler = StandardScaler().fit(features)
     inputs = torch.from_numpy(scaler.transform(features)).float()
-    targets = torch.from_numpy(labels)
-    head = nn.Linear(inputs.shape[1], num_classes)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    groups = [{"params": head.parameters(), "lr": settings["learning_rate"]}]
+    head = zero_linear(inputs.shape[1], num_classes, torch.device("cpu"))
+    groups = [{"params": list(head.parameters()), "lr": settings.learning_rate}]
     order = generator_for(seed, "head")
-    _fit(groups, lambda rows: head(inputs[rows]), targets, settings, order)
+    fit(settings, groups, lambda rows: head(inputs[rows]), torch.from_numpy(labels), order)
 
     @torch.inference_mode()
     def predict(queries: np.ndarray) -> np.ndarray:

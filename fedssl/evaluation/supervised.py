@@ -1,38 +1,36 @@
 """The bound that labels alone give: the same network trained from scratch."""
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import nn
 
-from fedssl.data.views import Augmentation
-from fedssl.evaluation.classifier import _classifier, _fit
+from fedssl.evaluation.base import EvaluationData, Score
+from fedssl.evaluation.classifier import ClassifierEvaluation, fit, put_head, score_networks
+from fedssl.networks.encoder import Encoder
 from fedssl.seeding import generator_for
-from model import SimCLR
 
 
-def train_supervised(
-    model: SimCLR,
-    images: np.ndarray,
-    labels: np.ndarray,
-    num_classes: int,
-    augmentation: Augmentation,
-    settings: Mapping[str, Any],
-    dtype: torch.dtype,
-    seed: int,
-) -> nn.Module:
-    """Train a fresh encoder in place, with a linear head, on nothing but labelled images.
+@dataclass(frozen=True)
+class SupervisedTraining(ClassifierEvaluation):
+    """The whole network trained from random weights on nothing but the labelled images."""
 
-    As `finetune`, but BatchNorm's statistics are learned, too, and settings are
-    those of its section `supervised`. Returns the head.
-    """
-    generator = generator_for(seed, "supervised")
-    head, logits_of = _classifier(model, images, num_classes, augmentation, dtype, generator)
-    model.train()
-    parameters = [*head.parameters(), *model.encoder.parameters()]
-    groups = [{"params": parameters, "lr": settings["learning_rate"]}]
-    _fit(groups, logits_of, torch.from_numpy(labels), settings, generator)
-    model.eval()
-    return head
+    mode = "supervised"
+    title = "Supervised training from scratch"
+    starts_from_scratch = True
+
+    def run(self, name: str, encoder: Encoder, data: EvaluationData) -> list[Score]:
+        """Score trained copies of an encoder at random initialization."""
+        return [Score(name, "supervised", score_networks(encoder, data, self.train))]
+
+    def train(
+        self, encoder: Encoder, data: EvaluationData, rows: np.ndarray, seed: int
+    ) -> nn.Linear:
+        """Train the encoder, BatchNorm's statistics too, in place with the head returned."""
+        generator = generator_for(seed, "supervised")
+        head, logits_of, targets = put_head(encoder, data, rows, generator)
+        encoder.train()
+        parameters = [*head.parameters(), *encoder.parameters()]
+        fit(self, [{"params": parameters, "lr": self.learning_rate}], logits_of, targets, generator)
+        encoder.eval()
+        return head

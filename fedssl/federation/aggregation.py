@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from flwr.app.exception import AppExitException
 from flwr.serverapp.strategy import Strategy
 from hydra.utils import instantiate
 from torch import Tensor
@@ -27,15 +28,15 @@ def build_strategy(spec: Mapping[str, Any]) -> Strategy:
     """
     arguments = {name: value for name, value in spec.items() if name != "acts_on"}
     try:
-        strategy = instantiate(arguments)
+        strategy = instantiate(arguments, _convert_="all")  # lists, not OmegaConf's
     except Exception as error:  # Hydra wraps whatever the constructor raised
         reason = str(error.__cause__ or error).splitlines()[0]
         raise UserError(f"strategy: {spec['_target_']} refuses its arguments ({reason})") from error
+    check_savable(strategy)
     for each in inner_strategies(strategy):
         for least in ("min_train_nodes", "min_evaluate_nodes", "min_available_nodes"):
             if getattr(each, least, 0) > 0:  # 0 where the strategy asks nobody
                 setattr(each, least, 1)
-    check_savable(strategy)
     return strategy
 
 
@@ -83,7 +84,12 @@ def aggregate(
     for name in state.keys() - set(names):
         stack = np.stack([update.state[name].numpy() for update in updates])
         result[name] = np.tensordot(weights, stack, axes=1)
-    arrays, _ = strategy.aggregate_train(round_number, [update.message for update in updates])
+    messages = [update.message for update in updates]
+    try:
+        arrays, _ = strategy.aggregate_train(round_number, messages)
+    except AppExitException as error:  # such as a client without the mod that a wrapper needs
+        name = type(strategy).__name__
+        raise RuntimeError(f"round {round_number}: {name} gave up ({error})") from error
     if arrays is None:
         raise RuntimeError(
             f"round {round_number}: {type(strategy).__name__} makes nothing of {len(updates)} "

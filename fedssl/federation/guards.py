@@ -1,6 +1,7 @@
 """What clients send back: checked before it may touch the global model."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,7 +10,7 @@ import torch
 from flwr.app import Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedssl.federation.messages import METRICS, read_state
+from fedssl.federation.messages import ARRAYS, METRICS, read_state
 from fedssl.federation.nodes import Answer
 from fedssl.runs.metrics import ClientMetrics, Failure
 
@@ -43,12 +44,15 @@ def validate_replies(
     answers: Iterable[Answer],
     partition_of: Mapping[int, int],
     expected: Mapping[str, Tensor] | None,
+    names: Sequence[str] | None = None,
 ) -> tuple[list[Update], list[Failure]]:
     """Separate usable replies from failures, both in the order of the answers.
 
     Args:
         expected: for training replies, the global model's state: an update must
             have its names, shapes and dtypes, and finite values.
+        names: the arrays that the strategy acts on; an update must have them in this
+            order, by which some strategies go. None leaves that out.
 
     Returns:
         The updates and the failures.
@@ -60,21 +64,29 @@ def validate_replies(
         try:
             if answer.reply is None:
                 raise ValueError(answer.failure)
-            updates.append(read_update(partition, answer.reply, expected))
+            updates.append(read_update(partition, answer.reply, expected, names))
         except ValueError as error:
             reason = str(error).removeprefix(f"partition {partition}: ")
             failures.append(Failure(partition, reason))
     return updates, failures
 
 
-def read_update(partition: int, reply: Message, expected: Mapping[str, Tensor] | None) -> Update:
+def read_update(
+    partition: int,
+    reply: Message,
+    expected: Mapping[str, Tensor] | None,
+    names: Sequence[str] | None = None,
+) -> Update:
     """Read a reply and check it.
+
+    Args: as of `validate_replies`.
 
     Raises:
         ValueError: what is wrong with it.
     """
     wanted = EVALUATED if expected is None else TRAINED
     metrics = _read_metrics(reply.content, wanted)
+    _check_records(reply.content, training=expected is not None)
     num_examples = metrics["num-examples"]
     if num_examples != int(num_examples) or not 1 <= num_examples <= MAX_EXAMPLES:
         raise ValueError(f"num-examples is {num_examples:g}")
@@ -82,7 +94,45 @@ def read_update(partition: int, reply: Message, expected: Mapping[str, Tensor] |
     if expected is not None:
         state = read_state(reply.content)
         check_state(state, expected)
+        if names is not None and list(reply.content[ARRAYS]) != list(names):
+            raise ValueError("its arrays are not those of the request, in their order")
     return Update(partition, int(num_examples), metrics, state, reply)
+
+
+def _check_records(content: RecordDict, training: bool) -> None:
+    """Make sure that a strategy finds one record of each kind, and only numbers to average."""
+    count = len(content.metric_records)
+    if count != 1:
+        raise ValueError(f"the reply holds {count} records of metrics instead of one")
+    count = len(content.array_records)
+    if training and count != 1:
+        raise ValueError(f"the reply holds {count} records of arrays instead of one")
+    _read_metrics(content, sorted(content.metric_records[METRICS]))
+
+
+def reject_odd_metrics(updates: Sequence[Update]) -> tuple[list[Update], list[Failure]]:
+    """Leave out updates whose metrics have other names than those of most.
+
+    Strategies average all metrics, and end the run where one lacks a name. Of equally
+    many, those of the first client count.
+
+    Returns:
+        The updates and the failures.
+    """
+    given = [frozenset(update.message.content.metric_records[METRICS]) for update in updates]
+    kept: list[Update] = []
+    failures: list[Failure] = []
+    usual = Counter(given).most_common(1)[0][0] if given else frozenset()
+    for update, names in zip(updates, given, strict=True):
+        if names == usual:
+            kept.append(update)
+            continue
+        odd = min(names ^ usual)
+        lack = "have" if odd in names else "lack"
+        failures.append(
+            Failure(update.partition, f"its metrics {lack} {odd}, unlike most clients'")
+        )
+    return kept, failures
 
 
 def _read_metrics(content: RecordDict, wanted: Sequence[str]) -> dict[str, float]:

@@ -105,7 +105,10 @@ def read_state(content: RecordDict) -> dict[str, Tensor]:
         state = dict(arrays.to_torch_state_dict())
     except (TypeError, ValueError, EOFError) as error:
         raise ValueError(f"arrays can't be read ({error})") from error
-    return state | unpack_tensors(buffers[0])
+    rest = unpack_tensors(buffers[0])
+    if twice := sorted(state.keys() & rest.keys()):
+        raise ValueError(f"array {twice[0]!r} is there twice")
+    return state | rest
 
 
 def packed_transport(message: Message, context: Context, call_next: ClientAppCallable) -> Message:

@@ -17,6 +17,7 @@ from fedssl.federation.guards import (
     Update,
     client_metrics,
     count_images,
+    reject_odd_metrics,
     reject_outliers,
     validate_replies,
     weighted_mean,
@@ -187,7 +188,10 @@ class Federation:
         on_replies = _tell(on_progress, kind, len(messages))
         answers = self.nodes.send_and_receive(messages, on_replies)
         expected: Mapping[str, Tensor] | None = state if kind == MessageType.TRAIN else None
-        return validate_replies(answers, self.nodes.partition_of, expected)
+        names = self.names if kind == MessageType.TRAIN else None
+        updates, failures = validate_replies(answers, self.nodes.partition_of, expected, names)
+        updates, odd = reject_odd_metrics(updates)
+        return updates, failures + odd
 
     def _require(
         self, round_number: int, updates: Sequence[Update], failures: Sequence[Failure]

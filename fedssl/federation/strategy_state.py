@@ -5,6 +5,7 @@ clipping its norm, a wrapper its inner strategy. All of it becomes JSON and arra
 the types of numbers and of keys, so that a resumed run goes on with the same bytes.
 """
 
+import copyreg
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from functools import partial
@@ -23,7 +24,8 @@ from fedssl.runs.checkpoints import ServerState
 ARRAYS: dict[str, type] = {"array": np.ndarray, "scalar": np.generic, "tensor": torch.Tensor}
 RECORDS: dict[str, type] = {"arrays": ArrayRecord, "metrics": MetricRecord, "config": ConfigRecord}
 SEQUENCES: dict[str, type] = {each.__name__: each for each in (list, tuple, set, frozenset)}
-CODE = (FunctionType, BuiltinFunctionType, MethodType, ModuleType, partial, type)
+NUMPY_CODE = (np.ufunc, type(np.mean))
+CODE = (FunctionType, BuiltinFunctionType, MethodType, ModuleType, partial, type, *NUMPY_CODE)
 
 
 def strategy_state_dict(strategy: Strategy) -> ServerState:
@@ -33,7 +35,11 @@ def strategy_state_dict(strategy: Strategy) -> ServerState:
         TypeError: an attribute, which is named, can't be saved.
     """
     arrays: dict[str, np.ndarray] = {}
-    return ServerState(_encode_object(strategy, type(strategy).__name__, arrays), arrays)
+    name = type(strategy).__name__
+    try:
+        return ServerState(_encode_object(strategy, name, arrays), arrays)
+    except RecursionError as error:
+        raise TypeError(f"{name} holds an object that holds itself") from error
 
 
 def load_strategy_state_dict(strategy: Strategy, state: ServerState) -> None:
@@ -92,7 +98,7 @@ def _encode(value: Any, path: str, arrays: dict[str, np.ndarray], whole: bool = 
     """
     if value is None or type(value) in (bool, int, float, str):
         return value
-    if isinstance(value, np.ndarray | np.generic | torch.Tensor):
+    if type(value) in (np.ndarray, torch.Tensor) or isinstance(value, np.generic):
         return _encode_array(value, path, arrays)
     if type(value) is bytes:
         return {"bytes": value.hex()}
@@ -115,9 +121,22 @@ def _encode(value: Any, path: str, arrays: dict[str, np.ndarray], whole: bool = 
         return {"random": _encode(value.getstate(), path, arrays)}
     if whole and isinstance(value, Enum):
         return {"enum": value.name}
-    if whole and hasattr(value, "__dict__"):
+    if whole and _is_its_attributes(value):
         return _encode_object(value, path, arrays)
     raise TypeError(f"{path} holds a {type(value).__name__}, which can't be saved")
+
+
+def _is_its_attributes(thing: object) -> bool:
+    """Tell whether attributes are all that makes an object, unlike a file or an OrderedDict."""
+    try:
+        reduced = thing.__reduce_ex__(2)
+    except TypeError:  # how files and locks refuse to be pickled
+        return False
+    if not isinstance(reduced, tuple) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+        return False
+    _, made_from, state, *items = reduced
+    plain = len(made_from) == 1 and isinstance(state, dict | None)
+    return plain and all(item is None for item in items)
 
 
 def _encode_array(value: Any, path: str, arrays: dict[str, np.ndarray]) -> dict[str, str]:
@@ -136,16 +155,16 @@ def _load_object(thing: object, node: Mapping[str, Any], arrays: Mapping[str, np
         raise ValueError(
             f"the state of a {node.get('object')}, not of a {type(thing).__qualname__}"
         )
-    own = vars(thing)
+    own = vars(thing)  # written to directly, as that of a frozen dataclass
     for name in [n for n, v in own.items() if n not in node["kept"] and not isinstance(v, CODE)]:
-        delattr(thing, name)
+        del own[name]
     for name, value in node["kept"].items():
         if isinstance(value, dict) and "object" in value:
-            _load_object(own[name], value, arrays)
+            _load_object(own.get(name), value, arrays)
         elif isinstance(value, dict) and "enum" in value:
-            setattr(thing, name, type(own[name])[value["enum"]])
+            own[name] = type(own[name])[value["enum"]]
         else:
-            setattr(thing, name, _decode(value, arrays))
+            own[name] = _decode(value, arrays)
 
 
 def _decode(node: Any, arrays: Mapping[str, np.ndarray]) -> Any:

@@ -1,7 +1,9 @@
-"""States of networks, loaded by name."""
+"""States of networks: loaded by name, and their checksum."""
 
+import hashlib
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 
@@ -21,3 +23,12 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             shapes = f"{tuple(tensor.shape)} instead of {tuple(own[name].shape)}"
             raise ValueError(f"array {name!r} has shape {shapes}")
     model.load_state_dict(state)
+
+
+def state_digest(module: nn.Module) -> str:
+    """Hash every parameter and buffer of a module's state, names included, to 64 hex digits."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from fedssl.config.compose import flatten
 from fedssl.errors import UserError
 from fedssl.runs.directory import LATEST, RunDirectory
-from fedssl.runs.resume import HARMLESS
+from fedssl.runs.resume import HARMLESS, HARMLESS_GROUPS
 
 MAIN_METRIC = "linear head, 10 %"
 SEED = "seed"
@@ -24,6 +24,7 @@ LEADERS = {
     "dataset": "dataset.name",
     "augment": "dataset.name",
     "train": "dataset.name",
+    "optimizer": "dataset.name",
 }
 
 
@@ -50,11 +51,11 @@ def read_settings(run: RunDirectory) -> dict[str, Any]:
     A setting without a value is left out: an older run may not have known it.
     """
     leaves = flatten(run.load_config())
-    kept = HARMLESS - {"num_rounds", "precision", "max_step_ratio"}
+    kept = HARMLESS - {"num_rounds", "precision", "max_update_ratio"}
     return {
         key: str(value) if isinstance(value, list) else value
         for key, value in leaves.items()
-        if key not in kept and not key.startswith(("eval.", "figures.")) and ".seed" not in key
+        if key not in kept and not key.startswith(HARMLESS_GROUPS) and ".seed" not in key
         if value not in (None, [])
     }
 

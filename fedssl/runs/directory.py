@@ -12,6 +12,9 @@ from uuid import uuid4
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
+from fedssl.config.checks import check_settings
+from fedssl.config.compose import to_mapping
+from fedssl.config.moved import modernize, modernize_overrides
 from fedssl.errors import UserError
 from fedssl.files import write_atomically
 from fedssl.networks.encoder import Encoder
@@ -44,7 +47,11 @@ class RunDirectory:
 
     @classmethod
     def create(
-        cls, path: Path, config: DictConfig, overrides: Sequence[str] = ()
+        cls,
+        path: Path,
+        settings: Mapping[str, Any],
+        output_dir: str,
+        overrides: Sequence[str] = (),
     ) -> "RunDirectory":
         """Start a run's directory with its configuration; `latest` then points to it.
 
@@ -52,12 +59,14 @@ class RunDirectory:
         a number behind it.
 
         Args:
+            settings: the whole configuration, as plain Python.
+            output_dir: where `latest` is.
             overrides: of the command line, which a resumed run starts from.
         """
         run = cls(_claim(path.resolve()))
         run.lock()
-        run.write_config(config, overrides)
-        _point_latest(Path(config.output_dir).expanduser().resolve() / LATEST, run.path)
+        run.write_config(settings, overrides)
+        _point_latest(Path(output_dir).expanduser().resolve() / LATEST, run.path)
         return run
 
     def lock(self) -> None:
@@ -77,13 +86,13 @@ class RunDirectory:
                 "one, or wait for its end"
             ) from error
 
-    def write_config(self, config: DictConfig, overrides: Sequence[str]) -> None:
+    def write_config(self, settings: Mapping[str, Any], overrides: Sequence[str]) -> None:
         """Write the resolved configuration, and the overrides that led to it."""
         write_atomically(self.overrides, OmegaConf.to_yaml(list(overrides)).encode())
-        write_atomically(self.config, OmegaConf.to_yaml(config, resolve=True).encode())
+        write_atomically(self.config, OmegaConf.to_yaml(settings).encode())
 
     def load_config(self) -> DictConfig:
-        """Read the configuration that the run was started with.
+        """Read the configuration that the run was started with, in today's structure and keys.
 
         Raises:
             UserError: no such run, or its configuration is damaged.
@@ -98,11 +107,21 @@ class RunDirectory:
         missing = [name for name in SECTIONS if name not in config]
         if missing:
             raise UserError(f"{self.config}: holds no {missing[0]!r}; {remedy}")
+        try:
+            config = modernize(config)
+            check_settings("config", to_mapping(config))
+        except (UserError, ValueError) as error:
+            raise UserError(f"{self.config}: {error}; {remedy}") from error
         return config
 
     def read_overrides(self) -> list[str]:
-        """Read the overrides that the run was started with, none if it did not keep them."""
-        return list(map(str, OmegaConf.load(self.overrides))) if self.overrides.is_file() else []
+        """Read the overrides that the run was started with, under today's names.
+
+        There are none if the run did not keep them.
+        """
+        if not self.overrides.is_file():
+            return []
+        return modernize_overrides(list(map(str, OmegaConf.load(self.overrides))))[0]
 
     def write_metrics(self, rounds: Sequence[RoundMetrics]) -> None:
         """Write metrics.jsonl, a line a round."""

@@ -1,13 +1,11 @@
 """Going on with a run that was interrupted, or with more rounds."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
-from fedssl.config.compose import flatten, load_config
-from fedssl.data.image_set import ImageSet
+from fedssl.config.compose import flatten, flatten_mapping, load_config
 from fedssl.errors import WARNING, UserError
 from fedssl.files import remove_partial
 from fedssl.runs.checkpoints import (
@@ -22,12 +20,44 @@ from fedssl.runs.directory import LATEST, RunDirectory
 # What may differ from the run so far: where and how it runs, not what it learns.
 HARMLESS = {
     *("num_rounds", "num_cpus", "num_gpus", "ray_address", "precision", "resume"),
-    *("min_nodes", "node_wait_s", "min_results", "round_timeout_s", "max_step_ratio"),
+    *("min_nodes", "node_wait_s", "min_results", "round_timeout_s", "max_update_ratio"),
     *("keep_checkpoints", "output_dir", "run_dir", "cache_dir", "dataset.path", "quiet"),
 }
-HARMLESS_GROUPS = ("eval.", "figures.")
+HARMLESS_GROUPS = ("eval.", "figures.", "head.")
 
 Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A wish to go on with a run.
+
+    Attributes:
+        resume: the run's directory, or "latest" below output_dir.
+        settings: the whole configuration, as plain Python.
+        images: names the content of the images that are there now, if any are.
+    """
+
+    resume: str
+    output_dir: str
+    num_rounds: int
+    settings: Mapping[str, Any]
+    images: str | None
+
+    def find_run(self) -> RunDirectory:
+        """Find the run.
+
+        Raises:
+            UserError: no run there.
+        """
+        latest = Path(self.output_dir, LATEST)
+        folder = latest if self.resume == LATEST else Path(self.resume)
+        run = RunDirectory(folder.expanduser().resolve())
+        if not run.config.is_file():
+            raise UserError(
+                f"resume={self.resume}: no run at {run.path}; give a run's directory, or latest"
+            )
+        return run
 
 
 def with_earlier_overrides(arguments: Sequence[str]) -> list[str]:
@@ -43,7 +73,7 @@ def with_earlier_overrides(arguments: Sequence[str]) -> list[str]:
     config = load_config("config", [a for a in arguments if not a.startswith("-")])
     if config.resume is None:
         return list(arguments)
-    run = find_run(config)
+    run = Continuation(config.resume, config.output_dir, 1, {}, None).find_run()
     given = {_key(argument) for argument in arguments}
     kept = [override for override in run.read_overrides() if _key(override) not in given]
     place = [] if "run_dir" in given else [f"run_dir='{run.path}'"]
@@ -54,23 +84,7 @@ def _key(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
-def find_run(config: DictConfig) -> RunDirectory:
-    """Find the run that `resume` names: a directory, or "latest" below output_dir.
-
-    Raises:
-        UserError: no run there.
-    """
-    given = str(config.resume)
-    folder = Path(config.output_dir, LATEST) if given == LATEST else Path(given)
-    run = RunDirectory(folder.expanduser().resolve())
-    if not run.config.is_file():
-        raise UserError(f"resume={given}: no run at {run.path}; give a run's directory, or latest")
-    return run
-
-
-def check_continuation(
-    config: DictConfig, run: RunDirectory, image_set: ImageSet | None
-) -> Checkpoint | None:
+def check_continuation(wanted: Continuation) -> Checkpoint | None:
     """Make sure that a run can go on with this configuration and these images.
 
     Returns:
@@ -80,23 +94,24 @@ def check_continuation(
         UserError: the configuration or the images differ in what decides the
             result, there are fewer rounds than are done, or nothing is left.
     """
-    check_same(flatten(config), flatten(run.load_config()))
+    run = wanted.find_run()
+    check_same(flatten_mapping(wanted.settings), flatten(run.load_config()))
     checkpoint = newest_intact(run, lambda line: None)
     if checkpoint is None:
         return None
-    if checkpoint.round > config.num_rounds:
+    if checkpoint.round > wanted.num_rounds:
         raise UserError(
-            f"num_rounds={config.num_rounds}: the run has done {checkpoint.round}; give at least "
+            f"num_rounds={wanted.num_rounds}: the run has done {checkpoint.round}; give at least "
             "that, or more to go on"
         )
-    if checkpoint.round == config.num_rounds and run.read_results():
+    if checkpoint.round == wanted.num_rounds and run.read_results():
         raise UserError(
-            f"resume={config.resume}: all {config.num_rounds} rounds are done and evaluated; give "
+            f"resume={wanted.resume}: all {wanted.num_rounds} rounds are done and evaluated; give "
             "more num_rounds to go on"
         )
-    if checkpoint.images != (image_set.content if image_set else None):
+    if checkpoint.images != wanted.images:
         raise UserError(
-            f"resume={config.resume}: the images differ from those that the run began with; "
+            f"resume={wanted.resume}: the images differ from those that the run began with; "
             "restore them, or start a new run"
         )
     return checkpoint
@@ -144,7 +159,7 @@ def newest_intact(run: RunDirectory, report: Report) -> Checkpoint | None:
 
 
 def reopen(
-    config: DictConfig, image_set: ImageSet | None, overrides: Sequence[str], report: Report
+    wanted: Continuation, overrides: Sequence[str], report: Report
 ) -> tuple[RunDirectory, Checkpoint | None]:
     """Put a run's directory back to the end of its last complete round.
 
@@ -154,9 +169,9 @@ def reopen(
     Raises:
         UserError: the run can't go on so, or is still going on.
     """
-    run = find_run(config)
+    run = wanted.find_run()
     run.lock()
-    check_continuation(config, run, image_set)
+    check_continuation(wanted)
     for folder in (run.path, run.checkpoints):
         for name in remove_partial(folder):
             report(f"{name} was being written when the run ended; its earlier state counts")
@@ -167,27 +182,7 @@ def reopen(
     if checkpoint and checkpoint.metrics and not any(m.round == done for m in rounds):
         rounds.append(checkpoint.metrics)
     run.write_metrics(rounds)
-    run.write_config(config, overrides)
+    run.write_config(wanted.settings, overrides)
     where = f"after round {done}" if done else "from the start: no round was finished"
     report(f"going on with {run.path} {where}")
     return run, checkpoint
-
-
-def open_run(
-    config: DictConfig,
-    directory: Path,
-    image_set: ImageSet | None,
-    overrides: Sequence[str],
-    report: Report,
-) -> tuple[RunDirectory, Checkpoint | None]:
-    """Start a run's directory, or go back to where `resume` left off.
-
-    Args:
-        directory: of a new run.
-
-    Raises:
-        UserError: as `reopen`.
-    """
-    if config.resume is not None:
-        return reopen(config, image_set, overrides, report)
-    return RunDirectory.create(directory, config, overrides), None

@@ -68,19 +68,19 @@ class Muon(Optimizer):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override] # takes no closure
         """Move each weight that has a gradient."""
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is not None:
-                    self._move(weight, group["lr"], group["momentum"])
+                    self._move(weight, weight.grad, group["lr"], group["momentum"])
 
-    def _move(self, weight: nn.Parameter, lr: float, momentum: float) -> None:
+    def _move(self, weight: nn.Parameter, grad: Tensor, lr: float, momentum: float) -> None:
         state = self.state[weight]
         if not state:
             state["velocity"] = torch.zeros_like(weight)
-        velocity = state["velocity"].mul_(momentum).add_(weight.grad)
-        ahead, taps = (_taps_inside(w) for w in (weight.grad.add(velocity, alpha=momentum), weight))
+        velocity = state["velocity"].mul_(momentum).add_(grad)
+        ahead, taps = (_taps_inside(w) for w in (grad.add(velocity, alpha=momentum), weight))
         # On small maps outer taps only see padding.
         used = torch.linalg.vector_norm(ahead, dim=(0, 3)) > 0
         where = slice(None) if used.all() else (slice(None), used)

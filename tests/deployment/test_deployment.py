@@ -25,6 +25,7 @@ from benchmarks.performance.simulation import descendants
 from fedssl.deployment.certificates import make_certificates
 from fedssl.deployment.checks import free_port
 
+pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
 TINY = ["train.local_epochs=1", "train.max_steps=2", "monitor.bank=100", "monitor.queries=50"]
 TINY += ["precision=float32", "num_cpus=1", "model.stem=imagenet"]

@@ -14,6 +14,7 @@ from conftest import ROOT
 from PIL import Image
 from runs.test_encoder_file import README, run_snippet
 
+pytestmark = pytest.mark.slow
 SECTION = README.partition("## Your own images")[2].partition("\n## ")[0]
 COMMANDS = re.findall(r"^python (\w+\.py .*?)(?: +#.*)?$", SECTION, re.MULTILINE)
 SMALL = {

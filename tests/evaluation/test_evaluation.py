@@ -16,11 +16,8 @@ from fedssl.runs.checkpoints import Checkpoint, save_checkpoint
 from fedssl.runs.directory import RunDirectory
 from test import (
     Evaluation,
-    choose_images,
     evaluate_run,
     find_checkpoint,
-    follow_run,
-    refuse_preparation,
     state_digest,
 )
 from utils import build_model
@@ -187,34 +184,6 @@ def test_a_checkpoint_is_found_by_run_or_by_file(run, tmp_path):
     for wrong in (f"run={tmp_path}/none", f"checkpoint={tmp_path}/none.safetensors"):
         with pytest.raises(UserError, match="none"):
             find_checkpoint(load_config("test", [wrong]))
-
-
-def test_other_images_are_prepared_as_those_of_the_run(config):
-    settings = load_config("test", ["dataset=cifar10", "dataset.path=elsewhere"])
-    choose_images(config, settings)
-    dataset = config.dataset
-    assert (dataset.name, dataset.path, dataset.source) == ("cifar10", "elsewhere", "hub")
-    assert (dataset.image_size, list(dataset.mean)) == (8, [0.31, 0.31, 0.31])
-
-
-@pytest.mark.parametrize("override", ["dataset.image_size=16", "dataset.mean=[0,0,0]"])
-def test_another_preparation_is_refused(override):
-    with pytest.raises(UserError, match="leave it out"):
-        refuse_preparation(["dataset=cifar10", override])
-    assert refuse_preparation(["dataset=cifar10"]) == ["dataset=cifar10"]
-
-
-def test_two_places_for_the_images_are_refused(config):
-    with pytest.raises(UserError, match=r"give dataset\.path instead"):
-        choose_images(config, load_config("test", ["dataset=imagefolder", "path=here"]))
-
-
-def test_the_head_is_that_of_the_run_unless_told():
-    config = load_config("config", ["dataset=cifar10"])
-    settings = load_config("test", ["weight_decay=0.5"])
-    follow_run(settings, config)
-    assert (settings.learning_rate, settings.weight_decay) == (config.eval.learning_rate, 0.5)
-    assert config.eval.learning_rate != load_config("config", []).eval.learning_rate
 
 
 def test_baselines_can_be_left_out(config, settings, model, run, digits):

@@ -6,59 +6,51 @@ import random
 import numpy as np
 import pytest
 import torch
-from flwr.app import Context, Error, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.app import Error, Message
 
 from client import make_client_app, simulated
 from fedssl.config.compose import CONF, load_config
-from fedssl.federation.aggregation import make_strategy
-from fedssl.federation.messages import pack_state, unpack_state
-from fedssl.federation.nodes import Nodes, ignore
-from fedssl.federation.rounds import Federation
+from fedssl.federation.aggregation import build_strategy
+from fedssl.federation.local_grid import LocalGrid
+from fedssl.federation.messages import read_state, write_state
+from fedssl.federation.nodes import Nodes, no_op
 from fedssl.runs.checkpoints import list_checkpoints, load_checkpoint
 from fedssl.runs.directory import RunDirectory
+from fedssl.runs.metrics import Failure
+from utils import build_federation, build_patience, plain
 
-# Flower sets these before it runs an app; a message can't be made without them.
-TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
 FAST = "model.stem=imagenet"  # digits shrink to a point at once: little to compute
 STRATEGIES = sorted(file.stem for file in (CONF / "strategy").glob("*.yaml"))
 
 
-class LocalGrid:
-    """Nodes with random ids, one per partition, that answer in random order."""
+class ShuffledGrid(LocalGrid):
+    """Nodes with random ids that answer in random order."""
 
     def __init__(self, config, tamper=lambda partition, reply: reply):
-        self.app, self.tamper, self.asked = make_client_app(simulated(config)), tamper, []
-        ids = random.SystemRandom().sample(range(10**6), config.num_clients)
-        self.nodes = {
-            node: Context(
-                run_id=1,
-                node_id=node,
-                node_config={"partition-id": number, "num-partitions": config.num_clients},
-                state=RecordDict(),
-                run_config={},
-            )
-            for number, node in enumerate(ids)
-        }
+        self.ids = random.SystemRandom().sample(range(1, 10**6), config.num_clients)
+        self.asked = []
+
+        def tampering(message, context, call_next):
+            reply = call_next(message, context)
+            trained = message.metadata.message_type == "train"
+            return tamper(context.node_config["partition-id"], reply) if trained else reply
+
+        super().__init__(make_client_app(simulated(config), [tampering]), config.num_clients)
+
+    def node_of(self, partition):
+        return self.ids[partition]
 
     def get_node_ids(self):
-        return random.SystemRandom().sample(list(self.nodes), len(self.nodes))
+        return random.SystemRandom().sample(self.ids, len(self.ids))
 
-    def push_messages(self, messages):
-        self.replies = []
-        for number, message in enumerate(messages):
-            context = self.nodes[message.metadata.dst_node_id]
+    def answer(self, message, context):
+        if message.metadata.message_type != "query":
             partition = context.node_config["partition-id"]
-            if message.metadata.message_type != "query":
-                self.asked.append((message.metadata.message_type, partition))
-            message.metadata.__dict__["_message_id"] = str(number)
-            reply = self.app(message, context)
-            reply = self.tamper(partition, reply) if reply.content.array_records else reply
-            self.replies.append(reply)
-        return [str(number) for number in range(len(messages))]
+            self.asked.append((message.metadata.message_type, partition))
+        return super().answer(message, context)
 
     def pull_messages(self, message_ids):
-        replies, self.replies = self.replies, []
+        replies = super().pull_messages(message_ids)
         return random.SystemRandom().sample(replies, len(replies))
 
 
@@ -66,22 +58,29 @@ class LocalGrid:
 def federate(config, digits, tmp_path):
     """Train with some overrides; return the federation after its rounds."""
 
-    def run(*overrides, tamper=lambda partition, reply: reply, checkpoint=None, on_answer=ignore):
+    def run(*overrides, tamper=lambda partition, reply: reply, checkpoint=None, on_progress=no_op):
         given = [f"cache_dir={config.cache_dir}", "num_clients=3", "num_rounds=2", "num_cpus=2"]
         given += ["train.max_steps=1", "train.local_epochs=1", "precision=float32", FAST]
         changed = load_config("config", [*given, f"output_dir={tmp_path}", *overrides])
         directory = RunDirectory.create(tmp_path / f"run{len(list(tmp_path.iterdir()))}", changed)
-        rows = []
-        grid = LocalGrid(changed, tamper)
-        nodes = Nodes.of(grid, changed)
-        federation = Federation(
-            nodes, changed, directory, digits, rows.append, checkpoint, on_answer
-        )
-        federation.train()
-        assert directory.read_metrics() == rows
-        return federation, rows, grid
+        rounds = []
+        grid = ShuffledGrid(changed, tamper)
+        nodes = Nodes(grid, build_patience(changed))
+        federation = build_federation(changed, nodes, directory, digits, checkpoint)
+        federation.train(rounds.append, on_progress)
+        assert directory.read_metrics() == rounds
+        return federation, rounds, grid
 
     return run
+
+
+def change(reply, how):
+    """Change the tensors of a training reply in place, by name."""
+    names, state = list(reply.content["arrays"]), read_state(reply.content)
+    how(state)
+    for name, record in write_state(state, names).items():
+        reply.content[name] = record
+    return reply
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -90,13 +89,13 @@ def test_every_strategy_trains_soundly_and_resumes_with_the_same_bytes(federate,
     federation, rows, _ = federate(*overrides)
     checkpoints = list_checkpoints(federation.run.checkpoints)
     after_one = load_checkpoint(checkpoints[0])
-    assert after_one.row == rows[0]
+    assert after_one.metrics == rows[0]
     rest, later, _ = federate(*overrides, checkpoint=after_one)
-    assert [row["round"] for row in later] == [2]
+    assert [row.round for row in later] == [2]
     assert rest.run.last_checkpoint().read_bytes() == checkpoints[1].read_bytes()
     for key in ("train_loss", "eval_loss", "knn", "effective_rank"):
-        assert later[0][key] == rows[1][key]
-    state = federation.model.state_dict()
+        assert getattr(later[0], key) == getattr(rows[1], key)
+    state = federation.method.state_dict()
     assert len(rows) == 2
     for name, tensor in state.items():
         if name.endswith("num_batches_tracked"):
@@ -113,7 +112,7 @@ def test_fedavg_is_the_mean_weighted_by_samples(federate):
     seen = []
 
     def keep(partition, reply):
-        state = unpack_state(reply.content["arrays"])
+        state = read_state(reply.content)
         seen.append((reply.content["metrics"]["num-examples"], state))
         return reply
 
@@ -122,13 +121,13 @@ def test_fedavg_is_the_mean_weighted_by_samples(federate):
     )
     weights = np.array([count for count, _ in seen], dtype=float)
     assert len(set(weights)) > 1
-    for name, tensor in federation.model.state_dict().items():
+    for name, tensor in federation.method.state_dict().items():
         stack = [state[name].numpy() for _, state in seen]
         expected = np.average(stack, axis=0, weights=weights)
         np.testing.assert_allclose(tensor.numpy(), expected, rtol=1e-4, atol=1e-6)
-    losses = [client["train_loss"] for client in rows[0]["clients"]]
-    sizes = [client["num_examples"] for client in rows[0]["clients"]]
-    assert rows[0]["train_loss"] == pytest.approx(np.average(losses, weights=sizes))
+    losses = [client.train_loss for client in rows[0].clients]
+    sizes = [client.num_examples for client in rows[0].clients]
+    assert rows[0].train_loss == pytest.approx(np.average(losses, weights=sizes))
 
 
 def test_the_standing_of_a_round_is_told_as_clients_answer(federate):
@@ -141,17 +140,17 @@ def test_the_standing_of_a_round_is_told_as_clients_answer(federate):
         error.metadata.__dict__["_reply_to_message_id"] = reply.metadata.reply_to_message_id
         return error
 
-    _, (row,), _ = federate("num_rounds=1", tamper=lose, on_answer=told.append)
+    _, (row,), _ = federate("num_rounds=1", tamper=lose, on_progress=told.append)
     train, evaluate = told[:4], told[4:]
-    assert [(s["phase"], s["answered"], s["asked"]) for s in train] == [
+    assert [(s.phase, s.answered, s.asked) for s in train] == [
         ("train", answered, 3) for answered in range(4)
     ]
-    assert [(s["phase"], s["answered"], s["asked"]) for s in evaluate] == [
+    assert [(s.phase, s.answered, s.asked) for s in evaluate] == [
         ("evaluate", answered, 3) for answered in range(4)
     ]
-    assert train[0]["images_per_second"] is None
+    assert train[0].images_per_second is None
     # Two clients' images, over no more than the time until the average is made.
-    assert train[-1]["images_per_second"] >= row["images_per_second"] > 0
+    assert train[-1].images_per_second >= row.images_per_second > 0
 
 
 def test_the_order_of_replies_does_not_change_a_byte(federate):
@@ -166,7 +165,7 @@ def test_clients_train_as_long_as_the_round_is(federate):
         images.append(reply.content["metrics"]["images"])
         return reply
 
-    lengths = ["train.max_steps=4", "train.batch_size=32", "train.round_lengths=[0.5,1]"]
+    lengths = ["train.max_steps=4", "train.batch_size=32", "train.round_fractions=[0.5,1]"]
     federate(*lengths, tamper=note)
     assert images == [2 * 32] * 3 + [4 * 32] * 3
 
@@ -187,20 +186,18 @@ def test_a_round_leaves_its_metrics_and_files(federate, config):
     assert (directory.path / "encoder.safetensors").is_file()
     assert list(directory.path.glob("events.out.tfevents.*"))
     row = rows[-1]
-    assert [client["partition"] for client in row["clients"]] == [0, 1, 2]
-    assert all({"train_loss", "eval_loss"} <= client.keys() for client in row["clients"])
-    assert 0.3 < row["knn"] <= 1  # ten classes
-    assert row["failures"] == []
-    size = sum(t.nbytes for t in federation.model.state_dict().values())
-    assert row["bytes_moved"] == pytest.approx(9 * size, rel=0.01)  # 3 clients: out, back, out
+    assert [client.partition for client in row.clients] == [0, 1, 2]
+    assert all(c.train_loss is not None and c.eval_loss is not None for c in row.clients)
+    assert 0.3 < row.knn <= 1  # ten classes
+    assert row.failures == ()
+    size = sum(t.nbytes for t in federation.method.state_dict().values())
+    assert row.bytes_moved == pytest.approx(9 * size, rel=0.01)  # 3 clients: out, back, out
 
 
 def poison(value):
     def tamper(partition, reply):
         if partition == 1:
-            state = unpack_state(reply.content["arrays"])
-            state["encoder.conv1.weight"][0, 0, 0, 0] = value
-            reply.content["arrays"] = pack_state(state)
+            change(reply, lambda s: s["encoder.conv1.weight"][0, 0, 0, :1].fill_(value))
         return reply
 
     return tamper
@@ -209,20 +206,15 @@ def poison(value):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_an_update_that_is_not_finite_is_left_out_and_named(federate, value):
     federation, rows, _ = federate(tamper=poison(value))
-    assert all(torch.isfinite(t).all() for t in federation.model.state_dict().values())
+    assert all(torch.isfinite(t).all() for t in federation.method.state_dict().values())
     for row in rows:
-        assert row["failures"] == [
-            {"partition": 1, "reason": "array 'encoder.conv1.weight' is not finite"}
-        ]
+        assert row.failures == (Failure(1, "array 'encoder.conv1.weight' is not finite"),)
 
 
 def scale(factor):
     def tamper(partition, reply):
         if partition == 1:
-            state = unpack_state(reply.content["arrays"])
-            for tensor in state.values():
-                tensor.mul_(factor) if tensor.is_floating_point() else None
-            reply.content["arrays"] = pack_state(state)
+            change(reply, lambda s: [t.mul_(factor) for t in s.values() if t.is_floating_point()])
         return reply
 
     return tamper
@@ -230,18 +222,21 @@ def scale(factor):
 
 def test_an_enormous_update_is_left_out_and_named(federate):
     federation, rows, _ = federate(tamper=scale(1e30))
-    assert federation.model.encoder.conv1.weight.abs().max() < 10
+    assert federation.method.encoder.conv1.weight.abs().max() < 10
     for row in rows:
-        (failure,) = row["failures"]
-        assert failure["partition"] == 1
-        assert "moved by" in failure["reason"]
-        assert [client["partition"] for client in row["clients"] if "step" in client] == [0, 2]
+        (failure,) = row.failures
+        assert failure.partition == 1
+        assert "moved by" in failure.reason
+        assert [client.partition for client in row.clients if client.update_norm is not None] == [
+            0,
+            2,
+        ]
 
 
 @pytest.mark.parametrize("overrides", [["partition=dirichlet"], ["partition=pathological"]])
 def test_honest_clients_of_unequal_size_are_not_taken_for_attackers(federate, overrides):
     _, rows, _ = federate(*overrides, "num_clients=5", "train.max_steps=0", "num_rounds=2")
-    assert all(row["failures"] == [] for row in rows)
+    assert all(row.failures == () for row in rows)
 
 
 def test_too_few_results_end_the_run_with_the_reasons(federate):
@@ -254,34 +249,29 @@ def test_too_few_results_end_the_run_with_the_reasons(federate):
 def test_a_drifting_client_is_named_in_a_warning(federate):
     def turn_back(partition, reply):
         if partition == 1:
-            state = unpack_state(reply.content["arrays"])
-            for name, tensor in state.items():
-                if tensor.is_floating_point() and "weight" in name:
-                    tensor.mul_(-0.5)
-            reply.content["arrays"] = pack_state(state)
+            change(reply, lambda s: [t.mul_(-0.5) for n, t in s.items() if "weight" in n])
         return reply
 
-    _, rows, _ = federate("max_step_ratio=null", tamper=turn_back)
-    assert any("client 1 drifts away" in warning for warning in rows[0]["warnings"])
+    _, rows, _ = federate("max_update_ratio=null", tamper=turn_back)
+    assert any("client 1 drifts away" in warning for warning in rows[0].warnings)
 
 
 def test_a_collapsed_representation_gives_a_warning(federate):
     def flatten_head(partition, reply):
-        state = unpack_state(reply.content["arrays"])
-        last = [name for name in state if name.startswith("projection_head")][-1]
-        for name in state:
-            if name.startswith("projection_head") and name.endswith("weight"):
-                state[name].zero_()
-        state[last].fill_(1.0) if state[last].is_floating_point() else None
-        reply.content["arrays"] = pack_state(state)
-        return reply
+        def flatten(state):
+            head = [name for name in state if name.startswith("projection_head")]
+            for name in head:
+                state[name].zero_() if name.endswith("weight") else None
+            state["projection_head.3.bias"].fill_(1.0)
 
-    _, rows, _ = federate("max_step_ratio=null", tamper=flatten_head)
-    assert any("collapsed" in warning for warning in rows[0]["warnings"])
+        return change(reply, flatten)
+
+    _, rows, _ = federate("max_update_ratio=null", tamper=flatten_head)
+    assert any("collapsed" in warning for warning in rows[0].warnings)
     _, sound, _ = federate()
-    assert sound[0]["warnings"] == []
-    assert sound[0]["uniformity"] < -0.3
-    assert sound[0]["effective_rank"] > 2
+    assert sound[0].warnings == ()
+    assert sound[0].uniformity < -0.3
+    assert sound[0].effective_rank > 2
 
 
 def test_a_full_disk_ends_the_run_with_the_last_good_state(federate, monkeypatch):
@@ -316,7 +306,7 @@ def test_a_failed_client_is_left_out_and_named(federate):
         return fail(partition, reply) if partition == 0 else reply
 
     _, rows, _ = federate(tamper=fail_first)
-    assert rows[0]["failures"] == [{"partition": 0, "reason": "out of memory"}]
+    assert rows[0].failures == (Failure(0, "out of memory"),)
     with pytest.raises(
         RuntimeError, match=r"0 of 3 clients came back, min_results=1 .*client 0: out of memory"
     ):
@@ -325,7 +315,7 @@ def test_a_failed_client_is_left_out_and_named(federate):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_strategies_leave_waiting_to_us_and_start_with_one(strategy):
-    built = make_strategy(load_config("config", [f"strategy={strategy}"]).strategy)
+    built = build_strategy(plain(load_config("config", [f"strategy={strategy}"]).strategy))
     assert built.min_available_nodes == built.min_train_nodes == built.min_evaluate_nodes == 1
 
 

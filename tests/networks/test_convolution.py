@@ -1,11 +1,13 @@
+"""Fast convolutions are convolutions, and taken only where they pay."""
+
 import copy
 
 import pytest
 import torch
+from samples import make_encoder
 from torch import nn
 
-from fedssl.networks.convolution import MIN_BATCH, Conv3x3, minimal_filtering, winograd
-from fedssl.networks.encoder import make_encoder
+from fedssl.networks.convolution import MAX_SIDE, MIN_BATCH, Conv3x3, minimal_filtering, winograd
 
 
 def both_ways(plain, other, images):
@@ -57,7 +59,7 @@ def test_other_sides_are_refused(side):
 
 @pytest.mark.parametrize("size", [8, 16, 32])
 def test_float32_loses_nothing_that_matters_to_an_encoder(size):
-    exact = make_encoder("resnet18", "conv3x3_stride1").double()
+    exact = make_encoder().double()
     fast = copy.deepcopy(exact).float()
     images = torch.rand(MIN_BATCH, 3, size, size)
     torch.testing.assert_close(fast(images).double(), exact(images.double()), rtol=1e-3, atol=1e-3)
@@ -75,6 +77,8 @@ def test_only_batches_in_float32_take_winograds_way(monkeypatch):
     images = torch.randn(MIN_BATCH, 8, 4, 4)
     conv(images[1:])
     conv(images[:, :, :, :3])
+    conv(torch.randn(MIN_BATCH, 8, MAX_SIDE + 4, MAX_SIDE + 4))
+    Conv3x3(8, 8, 3, 2, 1, bias=False)(images)
     conv.double()(images.double())
     conv.float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -92,3 +96,16 @@ def test_training_may_follow_inference():
         conv(images)
     conv(images).sum().backward()
     assert conv.weight.grad is not None
+
+
+def test_every_3x3_convolution_of_an_encoder_is_fast_and_keeps_its_name():
+    encoder = make_encoder()
+    found = {name: m for name, m in encoder.named_modules() if isinstance(m, nn.Conv2d)}
+    fast = {name for name, conv in found.items() if isinstance(conv, Conv3x3)}
+    assert fast == {name for name, conv in found.items() if conv.kernel_size == (3, 3)}
+    assert {"conv1", "layer1.0.conv1", "layer4.1.conv2"} <= fast
+
+
+def test_taking_a_convolution_over_shares_its_weights():
+    plain = nn.Conv2d(4, 6, 3, 2, 1, bias=False)
+    assert Conv3x3.of(plain).weight is plain.weight

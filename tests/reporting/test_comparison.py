@@ -63,14 +63,14 @@ def test_seeds_are_averaged_and_only_what_differs_is_shown(sweep):
 
 def test_a_setting_that_an_older_run_did_not_know_is_no_difference(tmp_path):
     for name in ("older", "newer"):
-        make_run(tmp_path / name, 0.5, ["train.round_lengths=[]"])
+        make_run(tmp_path / name, 0.5, ["train.round_fractions=[]"])
     file = tmp_path / "older" / "config.yaml"
     config = OmegaConf.load(file)
-    del config.train["round_lengths"]
+    del config.train["round_fractions"]
     file.write_text(OmegaConf.to_yaml(config))
     assert gather(find_runs([tmp_path]))[1] == []
-    make_run(tmp_path / "short", 0.5, ["train.round_lengths=[0.5,1]"])
-    assert gather(find_runs([tmp_path]))[1] == ["train.round_lengths"]
+    make_run(tmp_path / "short", 0.5, ["train.round_fractions=[0.5,1]"])
+    assert gather(find_runs([tmp_path]))[1] == ["train.round_fractions"]
 
 
 def test_what_a_choice_brings_along_is_not_told_twice(tmp_path):

@@ -104,7 +104,7 @@ def test_harmless_changes_are_allowed(stopped, compose, change):
 
 
 @pytest.mark.parametrize(
-    "change", ["seed=1", "model=resnet50", "train.learning_rate=0.01", "num_clients=4"]
+    "change", ["seed=1", "model=resnet50", "optimizer.learning_rate=0.01", "num_clients=4"]
 )
 def test_changes_that_make_it_another_run_are_refused_by_key(stopped, compose, change):
     with pytest.raises(UserError, match="started differently") as error:

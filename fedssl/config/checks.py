@@ -1,0 +1,207 @@
+"""Checking settings against the schema: the first wrong one gets a line with the remedy."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, TypeGuard, get_args
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from fedssl.config.fields import OWN_WORDS, Section, key_of, nearest
+from fedssl.config.schema import GROUPS, PROGRAMS
+from fedssl.errors import UserError
+
+WRONG_TYPE = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "finite_number": "a finite number",
+    "model_type": "a section",
+}
+MISSING = "missing; a key may be changed, but not deleted"
+BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+
+
+def check_settings(program: str, settings: Mapping[str, Any]) -> None:
+    """Check every setting of a program; none is changed.
+
+    Args:
+        program: the name of its configuration below conf/.
+        settings: the configuration, resolved, without Hydra's own part.
+
+    Raises:
+        UserError: a key that the schema does not know or that is missing, or
+            a value of the wrong type or out of range.
+    """
+    for prefix, model, section in list(_sections(program, settings)):
+        _check_section(prefix, model, section, settings)
+    if program == "config":
+        _check_resolution(settings)
+
+
+def describe(program: str, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Give the help text of every setting of a program, by its dotted key."""
+    return {
+        f"{prefix}{key}": text
+        for prefix, model, _ in _sections(program, settings)
+        for key, text in _describe_section(model)
+    }
+
+
+def literal_choices(field: FieldInfo) -> tuple[str, ...]:
+    """List the values that a field may have, if these are words; else nothing."""
+    choices = get_args(field.annotation)
+    return choices if choices and all(isinstance(choice, str) for choice in choices) else ()
+
+
+def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _describe_section(model: type[Section]) -> Iterator[tuple[str, str]]:
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if _is_section(inner):
+            for key, text in _describe_section(inner):
+                yield f"{name}.{key}", text
+        else:
+            choices = literal_choices(field)
+            text = field.description or ""
+            told = not choices or all(choice in text for choice in choices)
+            yield key_of(model, name), text if told else f"{text}: {', '.join(choices)}"
+
+
+def _sections(
+    program: str, settings: Mapping[str, Any]
+) -> Iterator[tuple[str, type[Section], Mapping[str, Any]]]:
+    """Take settings apart: the prefix of the keys, the schema and the values of each section."""
+    plan = PROGRAMS[program]
+    groups = [*plan.groups, *([plan.optional] if plan.optional in settings else [])]
+    top = {key: value for key, value in settings.items() if key not in groups}
+    if plan.at_top:
+        model = _model_of(plan.at_top, top, "")
+        known = {key_of(model, name) for name in model.model_fields}
+        inner = {key: top.pop(key) for key in list(top) if key in known}
+        left_open = [key for key in plan.open if key in inner and inner[key] is None]
+        yield "", model, inner | dict.fromkeys(left_open, 1)  # any number, in place of null
+    yield "", plan.settings, top
+    for group in groups:
+        section = settings.get(group)
+        if not isinstance(section, Mapping):
+            raise UserError(f"{group}: missing; choose an option, as in {group}=OPTION")
+        yield f"{group}.", _model_of(group, section, f"{group}."), section
+
+
+def _model_of(group: str, section: Mapping[str, Any], prefix: str) -> type[Section]:
+    """Choose the schema of a group's section.
+
+    Raises:
+        UserError: it belongs to no option of the group.
+    """
+    plan = GROUPS[group]
+    model = plan.model_of(section)
+    if model is None:
+        told = section.get(plan.told_by)
+        hint = nearest(str(told), plan.models)
+        raise UserError(f"{prefix}{plan.told_by}={told}: {hint}")
+    return model
+
+
+def _check_section(
+    prefix: str, model: type[Section], section: Mapping[str, Any], settings: Mapping[str, Any]
+) -> None:
+    try:
+        model.model_validate(section)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        raise UserError(_explain(prefix, model, details[0], settings)) from error
+    _refuse_missing(prefix, model, section)
+
+
+def _refuse_missing(prefix: str, model: type[Section], section: Mapping[str, Any]) -> None:
+    """Make sure that no key was deleted, for which the schema alone has a default."""
+    for name, field in model.model_fields.items():
+        key, inner = key_of(model, name), field.annotation
+        if key not in section:
+            raise UserError(f"{prefix}{key}: {MISSING}")
+        if _is_section(inner):
+            _refuse_missing(f"{prefix}{key}.", inner, section[key])
+
+
+def _explain(
+    prefix: str, model: type[Section], error: ErrorDetails, settings: Mapping[str, Any]
+) -> str:
+    """Say in one line what is wrong with a setting."""
+    key = prefix + ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        return unknown_key(key, flatten_mapping(settings))
+    if error["type"] == "missing":
+        return f"{key}: {MISSING}"
+    return f"{key}={error['input']}: {_reason(error, _find_field(model, error['loc']))}"
+
+
+def _find_field(model: type[Section], path: Sequence[int | str]) -> FieldInfo:
+    """Find the field that an error is about, perhaps in a section within the section."""
+    first, *rest = path
+    field = next(f for name, f in model.model_fields.items() if first in (name, f.alias))
+    inner = field.annotation
+    return _find_field(inner, rest) if rest and _is_section(inner) else field
+
+
+def _reason(error: ErrorDetails, field: FieldInfo) -> str:
+    kind = error["type"]
+    if kind == OWN_WORDS:
+        return error["msg"]
+    if kind == "literal_error":
+        return nearest(str(error["input"]), literal_choices(field))
+    if kind.startswith(("greater_than", "less_than")):
+        bounds = [
+            f"{words} {getattr(bound, name)}"
+            for name, words in BOUNDS.items()
+            for bound in field.metadata
+            if hasattr(bound, name)
+        ]
+        return f"must be {' and '.join(bounds)}"
+    return f"must be {WRONG_TYPE.get(kind, 'text')}"
+
+
+def unknown_key(key: str, known: Mapping[str, Any]) -> str:
+    """Say in one line that there is no such key, and which one may have been meant."""
+    group, _, inner = key.partition(".")
+    models = GROUPS[group].models if group in GROUPS else {}
+    having = [
+        told.rpartition(".")[2] for told, model in models.items() if inner in model.model_fields
+    ]
+    keys = [*GROUPS, *(name for name in known if name != key)]
+    close = get_close_matches(key, keys, n=1) or [k for k in keys if k.endswith(f".{key}")]
+    if having and inner:
+        hint = f"only {' and '.join(having)} has it"
+    else:
+        hint = f"did you mean {close[0]}?" if close else "see --help for the known ones"
+    return f"{key}: unknown key; {hint}"
+
+
+def flatten_mapping(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """List the leaves of nested settings by their dotted keys; lists are leaves."""
+    leaves: dict[str, Any] = {}
+
+    def visit(prefix: str, node: Any) -> None:
+        if isinstance(node, Mapping):
+            for key, value in node.items():
+                visit(f"{prefix}.{key}" if prefix else str(key), value)
+        else:
+            leaves[prefix] = node
+
+    visit("", settings)
+    return leaves
+
+
+def _check_resolution(settings: Mapping[str, Any]) -> None:
+    size, side = settings["train"]["eval_resolution"], settings["dataset"]["image_size"]
+    if size and size > side:
+        raise UserError(
+            f"train.eval_resolution={size}: the images have {side} pixels; at most these"
+        )

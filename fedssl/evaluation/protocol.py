@@ -1,0 +1,79 @@
+"""An evaluation beside its baselines, and the record of it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fedssl.evaluation.base import TOP1, Evaluation, EvaluationData, Score
+from fedssl.evaluation.pixels import score_raw_pixels
+from fedssl.networks.encoder import Encoder
+
+TRAINED = "federated SimCLR"
+RANDOM = "random encoder"
+FROM_SCRATCH = "labels only"
+
+
+@dataclass(frozen=True)
+class Result:
+    """An entry of results.json: scores, and all that decided them.
+
+    Attributes:
+        mode: of the evaluation.
+        dataset: name of what it was evaluated on.
+        protocol: values of the evaluation.
+        round: of the checkpoint.
+        labelled_images: of each draw of labels.
+        rows: the run's own scores first.
+        seed: of the run.
+        checkpoint: name of its file.
+        precision: of the features, "float32" or "bfloat16".
+        measured: when and with what, see `provenance`.
+    """
+
+    mode: str
+    dataset: str
+    protocol: Mapping[str, Any]
+    round: int
+    labelled_images: int
+    test_images: int
+    rows: list[Score]
+    seed: int
+    checkpoint: str
+    precision: str
+    measured: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Write it as an entry of results.json."""
+        return asdict(self) | {"rows": [score.to_json() for score in self.rows]}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> "Result":
+        """Read an entry of results.json.
+
+        Raises:
+            TypeError: a field is missing or unknown.
+        """
+        return cls(**{**entry, "rows": [Score.from_json(row) for row in entry["rows"]]})
+
+
+def evaluate(
+    evaluation: Evaluation, encoder: Encoder, random_encoder: Encoder, data: EvaluationData
+) -> list[Score]:
+    """Score a run's encoder and, if asked, a random one and the raw pixels.
+
+    Args:
+        encoder: as the run has trained it.
+        random_encoder: the same network at random initialization.
+
+    Returns:
+        The scores of the run first, those of the raw pixels last.
+    """
+    if evaluation.starts_from_scratch:
+        scores = evaluation.run(FROM_SCRATCH, random_encoder, data)
+    else:
+        scores = evaluation.run(TRAINED, encoder, data)
+        if evaluation.baselines:
+            scores += evaluation.run(RANDOM, random_encoder, data)
+    if evaluation.baselines and scores[0].metric == TOP1:  # else there is nothing to compare
+        scores.append(score_raw_pixels(data))
+    return scores
