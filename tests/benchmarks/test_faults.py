@@ -3,7 +3,11 @@
 import subprocess
 import sys
 
+import pytest
+
 from benchmarks.robustness.client_faults import CLIENT_FAULTS
+
+pytestmark = pytest.mark.slow
 
 
 def test_every_fault_of_a_client_is_met_as_expected():
