@@ -28,6 +28,7 @@ from fedssl.data.cache import name_some
 from fedssl.data.image_set import ImageSet
 from fedssl.data.partitions import split_held_out
 from fedssl.errors import WARNING, UserError
+from fedssl.evaluation.base import check_evaluable
 from fedssl.federation.resources import ClientResources
 from fedssl.federation.simulation import simulate
 from fedssl.files import check_writable
@@ -45,9 +46,9 @@ from fedssl.runs.directory import RunDirectory
 from fedssl.runs.resume import check_continuation, with_earlier_overrides
 from utils import (
     build_method,
-    check_labels,
     continuation_of,
     evaluate_run,
+    name_of,
     open_images,
     open_partitions,
     open_run,
@@ -77,7 +78,7 @@ def prepare(config: DictConfig) -> tuple[ClientResources, ImageSet]:
     for rows in open_partitions(config, image_set):
         split_held_out(rows, config.held_out)
     if image_set.labelled:
-        check_labels(config.eval, image_set, config.seed)
+        check_evaluable(image_set, config.eval.label_fraction, config.seed)
     if config.resume is not None:
         check_continuation(continuation_of(config, image_set))
     return resources, image_set
@@ -115,10 +116,9 @@ def describe(
     method = build_method(config, torch.device("cpu"))
     weights = sum(parameter.numel() for parameter in method.parameters())
     stem, side = method.encoder.settings.stem, config.dataset.image_size
-    partitioner = config.partition._target_.rpartition(".")[2]
     return {
         "data": f"{config.dataset.name}, {len(image_set.train.pixels):,} images of "
-        f"{side} x {side} pixels, dealt out by {partitioner}",
+        f"{side} x {side} pixels, dealt out by {name_of(config.partition)}",
         "model": f"{config.model.encoder}, {stem} stem, {weights / 1e6:.1f} M weights",
         "running": f"{resources},\n{choose_backend(config.precision, resources.num_gpus)}",
         "directory": show_path(run.path),
@@ -141,10 +141,12 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
     if image_set.unreadable:
         names = name_some(image_set.unreadable)
         report(f"{WARNING}{len(image_set.unreadable)} unreadable files left out: {names}")
-    strategy, method = (config[key]._target_.rpartition(".")[2] for key in ("strategy", "method"))
     if not config.quiet:
-        rounds = f"{config.num_clients} clients, {config.num_rounds} rounds of {strategy}"
-        print_opening(f"Federated {method}: {rounds}", describe(config, resources, image_set, its))
+        rounds = f"{config.num_clients} clients, {config.num_rounds} rounds of {name_of(config.strategy)}"
+        print_opening(
+            f"Federated {name_of(config.method)}: {rounds}",
+            describe(config, resources, image_set, its),
+        )
     go_on = f"go on with: python main.py resume={show_path(its.path)}"
     try:
         train(config, resources, image_set, its, checkpoint)
@@ -164,7 +166,7 @@ def evaluate(config: DictConfig, image_set: ImageSet, run: RunDirectory) -> None
     if image_set.labelled:
         with Waiting("linear evaluation", config.quiet):
             result = evaluate_run(run, config, config.eval, image_set, run.last_checkpoint())
-        print_results(result)
+        print_results(result.to_json())
     else:
         print("No labels, so no linear evaluation. With a folder of labelled images:")
         print("  python test.py dataset=imagefolder dataset.path=FOLDER label_fraction=1")

@@ -4,18 +4,19 @@ The only place that reads sections of the configuration; what lies below takes v
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from flwr.serverapp import Grid
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from fedssl.compute import choose_backend
+from fedssl.compute import Backend, choose_backend
 from fedssl.data import partitions
 from fedssl.data.cache import Report, open_image_set
 from fedssl.data.image_set import Images, ImageSet
@@ -38,11 +39,16 @@ from fedssl.networks.state import load_state
 from fedssl.runs.checkpoints import Checkpoint, load_checkpoint
 from fedssl.runs.directory import RunDirectory
 from fedssl.runs.metrics import RoundMetrics
+from fedssl.runs.provenance import provenance
 from fedssl.runs.resume import Continuation, reopen
 from fedssl.seeding import derive_seed
 from fedssl.training.local import TrainSettings
 from fedssl.training.optimizers import OptimizerSettings
 from fedssl.training.schedule import Schedule
+
+if TYPE_CHECKING:  # a client, which imports this file for every message, evaluates nothing
+    from fedssl.evaluation.base import Evaluation, EvaluationData
+    from fedssl.evaluation.protocol import Result
 
 PREPARATION = (
     "image_size",
@@ -54,6 +60,11 @@ PREPARATION = (
 def plain(section: DictConfig) -> Any:
     """Give a section as plain Python, its interpolations resolved."""
     return OmegaConf.to_container(section, resolve=True)
+
+
+def name_of(section: DictConfig) -> str:
+    """Name the class that a section builds, without its modules."""
+    return str(section._target_).rpartition(".")[2]
 
 
 # --- images --------------------------------------------------------------------
@@ -283,7 +294,8 @@ def run_rounds(
     encoder = federation.method.encoder
     resolution = build_schedule(config).eval_resolution(config.num_rounds)
     run.save_encoder(encoder, resolution, config.dataset.name, federation.done)
-    draw_loss_graph(run.read_metrics(), run.path / "loss_graph.png", config.dataset.name)
+    title = f"{name_of(config.method)} on {config.dataset.name}"
+    draw_loss_graph(run.read_metrics(), run.path / "loss_graph.png", title)
 
 
 # --- runs --------------------------------------------------------------------------
@@ -314,3 +326,116 @@ def open_run(
     if config.resume is not None:
         return reopen(continuation_of(config, image_set), overrides, report)
     return RunDirectory.create(directory, plain(config), config.output_dir, overrides), None
+
+
+# --- evaluation and report -----------------------------------------------------------
+
+
+def open_evaluation(
+    settings: DictConfig,
+    config: DictConfig,
+    image_set: ImageSet,
+    round_number: int,
+    backend: Backend,
+) -> tuple["Evaluation", "EvaluationData"]:
+    """Build a protocol and draw the labels that it gives.
+
+    Args:
+        settings: the `eval` section, or those of test.py, which have its keys at the top.
+        config: of the run that trained the encoder.
+        round_number: of the checkpoint, which decides the size of the images.
+
+    Raises:
+        UserError: no labels, or too few.
+    """
+    from fedssl.evaluation.base import EvaluationData
+
+    protocol = get_class(settings._target_)
+    evaluation = protocol(**{field.name: settings[field.name] for field in fields(protocol)})
+    resolution = build_schedule(config).eval_resolution(round_number)
+    data = EvaluationData.of(
+        image_set,
+        label_fraction=evaluation.label_fraction,
+        num_seeds=evaluation.seeds,
+        seed=config.seed,
+        resolution=resolution,
+        views=build_views(config, resolution),
+        backend=backend,
+        feature_batch_size=evaluation.feature_batch_size,
+    )
+    return evaluation, data
+
+
+def evaluate_run(
+    run: RunDirectory,
+    config: DictConfig,
+    settings: DictConfig,
+    image_set: ImageSet,
+    checkpoint: Path,
+) -> "Result":
+    """Evaluate a checkpoint, if asked beside a random encoder and the raw pixels; record it.
+
+    Raises:
+        UserError: no labels, or a checkpoint of another architecture.
+    """
+    from fedssl.evaluation.protocol import Result, evaluate
+
+    backend = choose_backend(config.precision)
+    method, round_number = load_trained(config, checkpoint, backend.device)
+    evaluation, data = open_evaluation(settings, config, image_set, round_number, backend)
+    untrained = build_method(config, backend.device).encoder
+    result = Result(
+        mode=evaluation.mode,
+        dataset=config.dataset.name,
+        protocol=evaluation.protocol(),
+        round=round_number,
+        labelled_images=len(data.labelled[0]),
+        test_images=len(data.test.pixels),
+        rows=evaluate(evaluation, method.encoder, untrained, data),
+        seed=config.seed,
+        checkpoint=checkpoint.name,
+        precision=str(backend.dtype).removeprefix("torch."),
+        measured=provenance(),
+    )
+    run.add_result(result.to_json())
+    return result
+
+
+def report_run(
+    run: RunDirectory, config: DictConfig, figures: DictConfig, image_set: ImageSet | None
+) -> None:
+    """Write the page of a run.
+
+    Args:
+        figures: this section, or the settings of scripts/report.py, which have its keys at the top.
+        image_set: None where only the clients hold images.
+
+    Raises:
+        UserError: no finished round, no checkpoint, or a damaged one.
+        RuntimeError: the run's directory can't be written.
+    """
+    from fedssl.reporting.page import write_report
+    from fedssl.reporting.sections import Encoders, FigureSettings, RunFacts, RunImages
+
+    names = {key: name_of(config[key]) for key in ("method", "strategy")}
+    facts = RunFacts(
+        dataset=config.dataset.name,
+        encoder=config.model.encoder,
+        partitioner=name_of(config.partition),
+        num_rounds=config.num_rounds,
+        seed=config.seed,
+        held_out=config.held_out,
+        settings=plain(config),
+        **names,
+    )
+    images = None
+    if image_set:
+        backend = choose_backend(config.precision)
+        method, number = load_trained(config, run.last_checkpoint(), backend.device)
+        untrained = build_method(config, backend.device).encoder
+        resolution = build_schedule(config).eval_resolution(number)
+        batch_size = config.eval.feature_batch_size
+        encoders = Encoders(untrained, method.encoder, number, resolution, batch_size, backend)
+        images = RunImages(image_set, open_partitions(config, image_set), encoders)
+    settings = FigureSettings(figures.map_images, figures.perplexity, figures.queries)
+    write_report(run, facts, settings, images)

@@ -177,9 +177,9 @@ def main() -> None:
     draw_views(folder / "views.png", [])
     draw_dealing(folder / "partitions.png", ["partition=dirichlet", "partition.alpha=0.1"])
     recorded = RunDirectory(RECORDED_RUN).read_metrics()
-    draw_loss_graph(recorded, folder / "loss_graph.png", "digits")
+    draw_loss_graph(recorded, folder / "loss_graph.png", "SimCLR on digits")
     benchmark = RunDirectory(BENCHMARK).read_metrics()
-    draw_loss_graph(benchmark, folder / "loss_cifar10.png", "CIFAR-10")
+    draw_loss_graph(benchmark, folder / "loss_cifar10.png", "SimCLR on CIFAR-10")
     draw_knn(benchmark, folder / "knn_cifar10.png")
     by_clients = sorted(SWEEP.glob("clients-*"))
     if len(by_clients) > 1:

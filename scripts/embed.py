@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from omegaconf import DictConfig
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fedssl.compute import choose_device, choose_dtype
+from fedssl.compute import choose_backend
 from fedssl.config.command_line import HYDRA_OPTIONS, run_entry
 from fedssl.data.cache import name_some
 from fedssl.data.decoding import decode, decode_batches
@@ -100,8 +100,8 @@ def write_features(
     Returns:
         The files that could be read, and the names of the others.
     """
-    device = choose_device()
-    model, dtype = trained.model.to(device), choose_dtype(precision, device)
+    backend = choose_backend(precision)
+    encoder = trained.encoder.to(backend.device)
     paths = [path.relative_to(root) for path in files]
     labels = dict(zip(files, find_labels(paths) or [], strict=False))
     schema = make_schema(trained, labelled=bool(labels))
@@ -117,7 +117,7 @@ def write_features(
             if good:
                 names, pixels = zip(*good, strict=True)
                 features = extract_features(
-                    model, np.stack(pixels), device, dtype, batch_size, trained.image_size
+                    encoder, np.stack(pixels), backend, batch_size, trained.image_size
                 )
                 columns = {
                     "path": [show_path(name.relative_to(root)) for name in names],
@@ -143,8 +143,8 @@ def show_progress() -> Progress:
 def make_schema(trained: TrainedEncoder, labelled: bool) -> pa.Schema:
     """Name the columns of the feature file."""
     columns = {"path": pa.string()} | ({"label": pa.string()} if labelled else {})
-    columns["features"] = pa.list_(pa.float32(), trained.model.feature_size)
-    return pa.schema(columns, metadata=dict(trained.facts))
+    columns["features"] = pa.list_(pa.float32(), trained.encoder.feature_size)
+    return pa.schema(columns, metadata=dict(trained.metadata))
 
 
 class DecodedOnDemand:
@@ -184,7 +184,7 @@ def embed(settings: DictConfig) -> None:
                 raise UserError(f"folder={root}: none of the {len(files)} images can be read")
         if unreadable:
             print(f"{len(unreadable)} unreadable files left out: {name_some(unreadable)}")
-        print(f"{out}: {len(read):,} images, {trained.model.feature_size} features each")
+        print(f"{out}: {len(read):,} images, {trained.encoder.feature_size} features each")
         if settings.neighbours and len(read) > 1:
             picture = Path(settings.neighbours).expanduser()
             picture_neighbours(picture, out, read, trained.image_size)

@@ -50,7 +50,7 @@ def write_onnx(trained: TrainedEncoder, file: Path) -> None:
     images = torch.rand(BATCH_SIZES[0], 3, trained.image_size, trained.image_size)
     with warnings.catch_warnings(action="ignore"):  # of the exporter about itself
         program = torch.onnx.export(
-            trained.model,
+            trained.encoder,
             (images,),
             input_names=["images"],
             output_names=["features"],
@@ -58,7 +58,7 @@ def write_onnx(trained: TrainedEncoder, file: Path) -> None:
             dynamo=True,
             verbose=False,
         )
-    program.model.metadata_props.update(trained.facts)
+    program.model.metadata_props.update(trained.metadata)
     program.save(file)
 
 
@@ -75,7 +75,7 @@ def largest_difference(trained: TrainedEncoder, file: Path) -> tuple[float, floa
     images = torch.rand(BATCH_SIZES[1], 3, size, size, generator=torch.Generator().manual_seed(0))
     (features,) = session.run(["features"], {"images": images.numpy()})
     with torch.inference_mode():
-        expected = trained.model.features(images).numpy()
+        expected = trained.encoder(images).numpy()
     return float(np.abs(features - expected).max()), float(np.abs(expected).max())
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from fedssl.config.command_line import run_entry
-from fedssl.data.cache import open_image_set
 from fedssl.data.image_set import ImageSet
 from fedssl.errors import UserError
-from fedssl.reporting.page import read_rounds, write_report
+from fedssl.reporting.page import read_rounds
 from fedssl.runs.directory import RunDirectory
+from utils import open_images, open_source, report_run
 
 
 def prepare(settings: DictConfig) -> tuple[RunDirectory, DictConfig, ImageSet | None]:
@@ -33,13 +33,13 @@ def prepare(settings: DictConfig) -> tuple[RunDirectory, DictConfig, ImageSet | 
     config = run.load_config()
     read_rounds(run)
     run.last_checkpoint()
-    config.precision = settings.precision
+    config.precision, config.cache_dir = settings.precision, settings.cache_dir
     if settings.path:
         config.dataset.path = settings.path
-    if config.dataset._target_.endswith("FolderSource") and not config.dataset.path:
+    if not open_source(config.dataset).is_here:
         return run, config, None  # each client had a folder of its own
     try:
-        return run, config, open_image_set(config.dataset, settings.cache_dir, config.seed, print)
+        return run, config, open_images(config, print)
     except UserError as error:
         raise UserError(f"{error}; if the images have moved, add path=DIR") from error
 
@@ -47,7 +47,7 @@ def prepare(settings: DictConfig) -> tuple[RunDirectory, DictConfig, ImageSet | 
 def report(settings: DictConfig) -> None:
     """Write the report of a run as the command line asks."""
     run, config, image_set = prepare(settings)
-    write_report(run, config, settings, image_set)
+    report_run(run, config, settings, image_set)
     print(f"Written to {run.report}")
 
 

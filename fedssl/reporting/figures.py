@@ -26,19 +26,19 @@ MAX_LETTERS = 11  # of a class's name
 LEGEND_COLUMNS = 5
 MANY_COLORS = "turbo"  # by class number
 MAX_NAMES = 20  # classes with a name and a colour that can be told apart
-HEALTH = (
+REPRESENTATION = (
     ("effective_rank", "effective rank", (COLLAPSED_RANK, "below: collapsed")),
     ("uniformity", "uniformity", (COLLAPSED_UNIFORMITY, "above: collapsed")),
     ("alignment", "alignment", None),
 )
 
 
-def draw_loss_graph(rounds: Sequence[RoundMetrics], file: Path, dataset: str) -> None:
+def draw_loss_graph(rounds: Sequence[RoundMetrics], file: Path, title: str) -> None:
     """Plot the clients' mean train and evaluation loss over rounds, and their range.
 
     Args:
         rounds: at least one.
-        dataset: its name, for the title.
+        title: such as "SimCLR on digits".
     """
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     axes = figure.add_subplot()
@@ -52,8 +52,8 @@ def draw_loss_graph(rounds: Sequence[RoundMetrics], file: Path, dataset: str) ->
         low, high = [min(values) for values in clients], [max(values) for values in clients]
         axes.fill_between(numbers, low, high, color=color, alpha=0.15, linewidth=0)
     count = max(len(metrics.clients) for metrics in rounds)
-    axes.set_title(f"SimCLR on {dataset}, {count} clients", color=INK, loc="left")
-    _style(axes, "NT-Xent loss (nats)")
+    axes.set_title(f"{title}, {count} clients", color=INK, loc="left")
+    _style(axes, "loss (nats)")
     axes.legend(title="mean over clients; band: all clients", frameon=False, alignment="left")
     _save(figure, file)
 
@@ -68,11 +68,11 @@ def draw_knn(rounds: Sequence[RoundMetrics], file: Path) -> None:
     _save(figure, file)
 
 
-def draw_health(rounds: Sequence[RoundMetrics], file: Path) -> None:
+def draw_representation(rounds: Sequence[RoundMetrics], file: Path) -> None:
     """Plot effective rank, uniformity and alignment over rounds, one above the other."""
     figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
-    panels = figure.subplots(len(HEALTH), sharex=True)
-    for axes, (key, name, limit) in zip(panels, HEALTH, strict=True):
+    panels = figure.subplots(len(REPRESENTATION), sharex=True)
+    for axes, (key, name, limit) in zip(panels, REPRESENTATION, strict=True):
         axes.plot(_column(rounds, "round"), _column(rounds, key), BLUE, marker="o")
         if limit:
             axes.axhline(limit[0], color=ORANGE, linestyle="--", label=limit[1])

@@ -5,14 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from omegaconf import DictConfig
 
-from fedssl.config.compose import flatten
-from fedssl.data.image_set import ImageSet
+from fedssl.config.checks import flatten_mapping
 from fedssl.errors import WARNING, UserError
 from fedssl.files import write_atomically
 from fedssl.reporting.console import evaluation_title, top1
-from fedssl.reporting.sections import draw_pictures
+from fedssl.reporting.sections import FigureSettings, RunFacts, RunImages, draw_pictures
 from fedssl.runs.directory import RunDirectory
 from fedssl.runs.metrics import RoundMetrics, Where
 from fedssl.runs.provenance import provenance
@@ -21,17 +19,12 @@ TEMPLATES = Path(__file__).resolve().parent
 
 
 def write_report(
-    run: RunDirectory,
-    config: DictConfig,
-    settings: Mapping[str, Any],
-    image_set: ImageSet | None,
+    run: RunDirectory, facts: RunFacts, settings: FigureSettings, images: RunImages | None
 ) -> None:
     """Draw a run's pictures and put them with all else into its report.html.
 
     Args:
-        config: of the run.
-        settings: the `figures` section.
-        image_set: None where only the clients hold images.
+        images: None where only the clients hold images.
 
     Raises:
         UserError: no finished round, or a damaged file.
@@ -41,14 +34,13 @@ def write_report(
     headings, *lines = table_of_rounds(rounds)
     results = run.read_results()
     try:
-        pictures = draw_pictures(run, config, settings, rounds, image_set)
+        pictures = draw_pictures(run, facts, settings, rounds, images)
         page = (
             _environment()
             .get_template("page.html")
             .render(
                 run=run.path.name,
-                config=config,
-                strategy=config.strategy._target_.rpartition(".")[2],
+                facts=facts,
                 clients=max(len(metrics.clients) for metrics in rounds),
                 done=rounds[-1].round,
                 evaluations=[
@@ -59,7 +51,7 @@ def write_report(
                 columns=headings,
                 rounds=lines,
                 overrides=run.read_overrides(),
-                settings=flatten(config),
+                settings=flatten_mapping(facts.settings),
                 sources=list_sources(results),
             )
         )

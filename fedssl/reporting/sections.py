@@ -7,29 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
 from sklearn.manifold import TSNE, trustworthiness
 from sklearn.preprocessing import normalize
 from threadpoolctl import threadpool_limits
 
-from fedssl.compute import choose_device, choose_dtype
+from fedssl.compute import Backend
 from fedssl.data.image_set import ImageSet
-from fedssl.data.partitions import count_classes, partition_rows, split_held_out
+from fedssl.data.partitions import count_classes, split_held_out
 from fedssl.evaluation.features import extract_features
+from fedssl.networks.encoder import Encoder
 from fedssl.reporting.figures import (
-    HEALTH,
-    draw_health,
+    REPRESENTATION,
     draw_knn,
     draw_loss_graph,
     draw_map,
     draw_neighbours,
     draw_partitions,
+    draw_representation,
 )
 from fedssl.runs.directory import RunDirectory
 from fedssl.runs.metrics import RoundMetrics
 from fedssl.seeding import derive_seed
-from fedssl.training.schedule import encode_size
-from utils import build_model, load_trained
 
 MIN_MAPPED = 10  # fewer points make no map
 Rounds = Sequence[RoundMetrics]
@@ -55,6 +53,75 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class RunFacts:
+    """What a page says of a run.
+
+    Attributes:
+        dataset, method, encoder, strategy, partitioner: their names.
+        held_out: share of each client's images.
+        settings: the whole configuration, as plain Python.
+    """
+
+    dataset: str
+    method: str
+    encoder: str
+    strategy: str
+    partitioner: str
+    num_rounds: int
+    seed: int
+    held_out: float
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class FigureSettings:
+    """How pictures are drawn.
+
+    Attributes:
+        map_images: on the map, and among which neighbours are looked for, at most.
+        perplexity: of t-SNE: so many neighbours of each image are kept near it.
+        queries: images whose nearest neighbours are shown.
+    """
+
+    map_images: int
+    perplexity: float
+    queries: int
+
+
+@dataclass(frozen=True)
+class RunImages:
+    """The images of a run, where the server has any.
+
+    Attributes:
+        parts: the rows of each client.
+        encoders: what features are shown of.
+    """
+
+    image_set: ImageSet
+    parts: Sequence[np.ndarray]
+    encoders: "Encoders"
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """What a run made of its encoder.
+
+    Attributes:
+        untrained: at the run's random initialization.
+        trained: after a round.
+        resolution: side in pixels of the whole images that both see.
+        batch_size: images encoded at once.
+    """
+
+    untrained: Encoder
+    trained: Encoder
+    round: int
+    resolution: int
+    batch_size: int
+    backend: Backend
+
+
+@dataclass(frozen=True)
 class Encoded:
     """Some images, and their features (N, D) before and after training."""
 
@@ -68,59 +135,54 @@ class Encoded:
 
 def draw_pictures(
     run: RunDirectory,
-    config: DictConfig,
-    settings: Mapping[str, Any],
+    facts: RunFacts,
+    settings: FigureSettings,
     rounds: Rounds,
-    image_set: ImageSet | None,
+    images: RunImages | None,
 ) -> list[Picture]:
     """Draw all that applies to a run into its figures/.
 
     Args:
-        config: of the run.
-        settings: the `figures` section.
         rounds: at least one.
-        image_set: None where only the clients hold images.
-
-    Raises:
-        UserError: no checkpoint, or a damaged one.
+        images: None where only the clients hold images.
     """
     folder = run.figures
     folder.mkdir(exist_ok=True)
-    encoded = encode_some(run, config, settings, image_set) if image_set else None
+    encoded = encode_some(images, settings.map_images, facts.seed) if images else None
+    names = images.image_set.class_names if images else []
     return [
-        picture_loss(config, rounds, run.path / "loss_graph.png"),
+        picture_loss(facts.dataset, facts.method, rounds, run.path / "loss_graph.png"),
         picture_knn(rounds, folder / "knn.png"),
-        picture_map(config, settings, encoded, image_set, folder / "map.png"),
-        picture_neighbours(settings, encoded, folder / "neighbours.png"),
-        picture_partitions(config, rounds, image_set, folder / "partitions.png"),
-        picture_health(rounds, folder / "health.png"),
+        picture_map(settings.perplexity, facts.seed, encoded, names, folder / "map.png"),
+        picture_neighbours(settings.queries, encoded, folder / "neighbours.png"),
+        picture_partitions(facts, rounds, images, folder / "partitions.png"),
+        picture_representation(rounds, folder / "representation.png"),
     ]
 
 
-def encode_some(
-    run: RunDirectory, config: DictConfig, settings: Mapping[str, Any], image_set: ImageSet
-) -> Encoded:
-    """Encode some test images, or training images where there are none, drawn by the seed."""
-    kind, images = ("test", image_set.test) if image_set.test else ("training", image_set.train)
-    draw = np.random.default_rng(derive_seed(config.seed, "figures"))
-    chosen = draw.permutation(len(images.pixels))[: settings["map_images"]]
-    pixels, device = np.array(images.pixels[chosen]), choose_device()
-    dtype, batch = choose_dtype(config.precision, device), config.eval.feature_batch_size
-    trained, round_number = load_trained(config, run.last_checkpoint(), device)
-    untrained = build_model(config.model, config.dataset, config.seed, device)
-    place = round_number, config.num_rounds
-    size = encode_size(config.train, config.dataset.image_size, *place)
+def encode_some(images: RunImages, count: int, seed: int) -> Encoded:
+    """Encode some test images, or training images where there are none, drawn by the seed.
+
+    Args:
+        count: images at most.
+    """
+    image_set, encoders = images.image_set, images.encoders
+    kind, some = ("test", image_set.test) if image_set.test else ("training", image_set.train)
+    draw = np.random.default_rng(derive_seed(seed, "figures"))
+    chosen = draw.permutation(len(some.pixels))[:count]
+    pixels = np.array(some.pixels[chosen])
+    how = encoders.backend, encoders.batch_size, encoders.resolution
     before, after = (
-        extract_features(model, pixels, device, dtype, batch, size)
-        for model in (untrained, trained)
+        extract_features(encoder, pixels, *how)
+        for encoder in (encoders.untrained, encoders.trained)
     )
-    labels = None if images.labels is None else images.labels[chosen]
-    return Encoded(kind, pixels, labels, before, after, round_number)
+    labels = None if some.labels is None else some.labels[chosen]
+    return Encoded(kind, pixels, labels, before, after, encoders.round)
 
 
-def picture_loss(config: DictConfig, rounds: Rounds, file: Path) -> Picture:
+def picture_loss(dataset: str, method: str, rounds: Rounds, file: Path) -> Picture:
     """Draw the loss over rounds."""
-    draw_loss_graph(rounds, file, config.dataset.name)
+    draw_loss_graph(rounds, file, f"{method} on {dataset}")
     return Picture(
         "Loss",
         "NT-Xent of the clients' training images and of the images that each of them holds out. "
@@ -144,11 +206,7 @@ def picture_knn(rounds: Rounds, file: Path) -> Picture:
 
 
 def picture_map(
-    config: DictConfig,
-    settings: Mapping[str, Any],
-    encoded: Encoded | None,
-    image_set: ImageSet | None,
-    file: Path,
+    perplexity: float, seed: int, encoded: Encoded | None, class_names: Sequence[str], file: Path
 ) -> Picture:
     """Draw the features before and after training in the plane."""
     title = "Map of the features"
@@ -157,15 +215,15 @@ def picture_map(
     count = len(encoded.pixels)
     if count < MIN_MAPPED:
         return Picture(title, f"Left out: {count} {encoded.kind} images are too few.")
-    perplexity = min(settings["perplexity"], (count - 1) / 3)
-    seed = derive_seed(config.seed, "map") % 2**32
+    perplexity = min(perplexity, (count - 1) / 3)
+    seed = derive_seed(seed, "map") % 2**32
     maps, trust = zip(
         *(lay_out(features, perplexity, seed) for features in (encoded.before, encoded.after)),
         strict=True,
     )
     titles = ("random encoder", f"after round {encoded.round}")
     titled = dict(zip(titles, maps, strict=True))
-    draw_map(titled, encoded.labels, image_set.class_names, file)
+    draw_map(titled, encoded.labels, class_names, file)
     return Picture(
         title,
         f"The same {count:,} {encoded.kind} images, coloured by class. t-SNE (perplexity "
@@ -190,7 +248,7 @@ def lay_out(features: np.ndarray, perplexity: float, seed: int) -> tuple[np.ndar
     return points, float(trustworthiness(unit, points, n_neighbors=min(5, len(unit) // 2 - 1)))
 
 
-def picture_neighbours(settings: Mapping[str, Any], encoded: Encoded | None, file: Path) -> Picture:
+def picture_neighbours(count: int, encoded: Encoded | None, file: Path) -> Picture:
     """Draw images, of a class each where there are labels, beside their nearest neighbours."""
     title = "Nearest neighbours"
     if encoded is None or len(encoded.pixels) < 2:
@@ -198,7 +256,7 @@ def picture_neighbours(settings: Mapping[str, Any], encoded: Encoded | None, fil
     queries = np.arange(len(encoded.pixels))
     if encoded.labels is not None:
         queries = np.unique(encoded.labels, return_index=True)[1]
-    queries = queries[: settings["queries"]].tolist()
+    queries = queries[:count].tolist()
     draw_neighbours(encoded.pixels, encoded.after, file, queries)
     return Picture(
         title,
@@ -209,22 +267,20 @@ def picture_neighbours(settings: Mapping[str, Any], encoded: Encoded | None, fil
 
 
 def picture_partitions(
-    config: DictConfig, rounds: Rounds, image_set: ImageSet | None, file: Path
+    facts: RunFacts, rounds: Rounds, images: RunImages | None, file: Path
 ) -> Picture:
     """Draw how the classes are spread over the clients."""
     title = "Images of the clients"
-    if image_set is None or image_set.train.labels is None:
+    if images is None or images.image_set.train.labels is None:
         return Picture(title, "Left out: there are no labels.")
-    dealt = (config.num_clients, dict(config.partition), config.seed)
-    parts = partition_rows(image_set.train, *dealt)
-    if not _held(parts, config.held_out, rounds):
+    image_set, parts = images.image_set, images.parts
+    if not _held(parts, facts.held_out, rounds):
         return Picture(title, "Left out: the clients held other images than this dealing gives.")
     counts = count_classes(image_set, parts)
     draw_partitions(counts, image_set.class_names, file)
-    dealer = config.partition._target_.rpartition(".")[2]
     return Picture(
         title,
-        f"{counts.sum():,} training images, dealt out to {len(parts)} clients by {dealer}. "
+        f"{counts.sum():,} training images, dealt out to {len(parts)} clients by {facts.partitioner}. "
         "Training does not look at the labels.",
         file,
     )
@@ -241,12 +297,12 @@ def _held(parts: Sequence[np.ndarray], held_out: float, rounds: Rounds) -> bool:
     )
 
 
-def picture_health(rounds: Rounds, file: Path) -> Picture:
+def picture_representation(rounds: Rounds, file: Path) -> Picture:
     """Draw what tells a collapse."""
-    title = "Health of the representation"
-    if all(getattr(metrics, key) is None for metrics in rounds for key, _, _ in HEALTH):
+    title = "Metrics of the representation"
+    if all(getattr(metrics, key) is None for metrics in rounds for key, _, _ in REPRESENTATION):
         return Picture(title, "Left out: no client reported it.")
-    draw_health(rounds, file)
+    draw_representation(rounds, file)
     return Picture(
         title,
         "Of the projections of held-out images, mean over clients. Effective rank: how many "

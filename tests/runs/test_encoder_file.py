@@ -12,12 +12,15 @@ from conftest import CPU, ROOT
 from PIL import Image
 from safetensors.torch import save_file
 
+from fedssl.compute import Backend
 from fedssl.config.compose import load_config
 from fedssl.data.decoding import decode
 from fedssl.errors import UserError
 from fedssl.evaluation.features import extract_features
+from fedssl.networks.encoder import Encoder, EncoderSettings, stem_for
 from fedssl.runs.encoder_file import ENCODER_FILE, find_encoder, load_encoder, pack_encoder
-from utils import build_model
+
+BACKEND = Backend(CPU, torch.float32)
 
 README = (ROOT / "README.md").read_text()
 ELSEWHERE = README.partition("### The encoder elsewhere")[2]
@@ -39,14 +42,17 @@ def run_snippet(folder):
 
 
 def write_encoder(folder, *overrides):
-    """Write an encoder whose BatchNorm has seen images, as a run does; return the model."""
+    """Write an encoder whose BatchNorm has seen images, as a run does; return it."""
     config = load_config("config", overrides)
-    model = build_model(config.model, config.dataset, 0, CPU)
-    size = config.dataset.image_size
-    model.features(torch.rand(8, 3, size, size, generator=torch.Generator().manual_seed(0)))
+    dataset, stem = config.dataset, config.model.stem
+    size = dataset.image_size
+    stem = stem_for(size) if stem == "auto" else stem
+    settings = EncoderSettings(config.model.encoder, stem, list(dataset.mean), list(dataset.std))
+    encoder = Encoder(settings).to(memory_format=torch.channels_last)
+    encoder(torch.rand(8, 3, size, size, generator=torch.Generator().manual_seed(0)))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / ENCODER_FILE).write_bytes(pack_encoder(model, config.dataset, rounds=3))
-    return model
+    (folder / ENCODER_FILE).write_bytes(pack_encoder(encoder, size, dataset.name, rounds=3))
+    return encoder
 
 
 @pytest.fixture
@@ -75,24 +81,26 @@ def test_the_readmes_lines_give_the_same_features_without_this_project(
     size = trained.image_size
     if image_shape == (size, size):
         images = pixels.transpose(2, 0, 1)[None]
-        ours = extract_features(trained.model, images, CPU, torch.float32, 1, size)[0]
+        ours = extract_features(trained.encoder, images, BACKEND, 1, size)[0]
         np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-5)
     else:  # torchvision and Pillow round differently
         images = decode(tmp_path / "photo.png", size)[None]
-        ours = extract_features(trained.model, images, CPU, torch.float32, 1, size)[0]
+        ours = extract_features(trained.encoder, images, BACKEND, 1, size)[0]
         cosine = theirs @ ours / np.linalg.norm(theirs) / np.linalg.norm(ours)
         assert cosine > 0.99
 
 
 def test_what_is_written_is_read(tmp_path, digits):
-    model = write_encoder(tmp_path)
+    encoder = write_encoder(tmp_path)
     trained = load_encoder(tmp_path / ENCODER_FILE)
-    arguments = (digits.test.pixels[:10], CPU, torch.float32, 10, 8)
-    ours, theirs = extract_features(model, *arguments), extract_features(trained.model, *arguments)
+    ours, theirs = (
+        extract_features(each, digits.test.pixels[:10], BACKEND, 10, 8)
+        for each in (encoder, trained.encoder)
+    )
     np.testing.assert_array_equal(ours, theirs)
     assert trained.image_size == 8
-    assert trained.facts["dataset"] == "digits"
-    assert trained.facts["rounds"] == "3"
+    assert trained.metadata["dataset"] == "digits"
+    assert trained.metadata["rounds"] == "3"
     assert str(trained) == "resnet18 (digits, 8 x 8 pixels)"
 
 

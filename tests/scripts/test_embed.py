@@ -1,4 +1,4 @@
-"""embed.py: features of a folder as Parquet, and the picture of neighbours."""
+"""scripts/embed.py: features of a folder as Parquet, and the picture of neighbours."""
 
 import os
 import subprocess
@@ -8,10 +8,9 @@ import matplotlib.image
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
-from conftest import CPU, ROOT
+from conftest import ROOT
 from PIL import Image
-from runs.test_encoder_file import write_encoder
+from runs.test_encoder_file import BACKEND, write_encoder
 
 from fedssl.config.compose import load_config
 from fedssl.data.decoding import decode
@@ -63,11 +62,11 @@ def test_every_readable_image_gets_the_features_of_the_evaluation(run, photos, t
     assert paths == ["a.png", "deep/c.png", "deep/er/b.PNG", "deep/it's d=1 (x).png", "e.gif.bmp"]
     assert table.column_names == ["path", "features"]
     assert str(table.schema.field("features").type) == "fixed_size_list<element: float>[512]"
-    facts = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
+    metadata = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
     trained = load_encoder(run / ENCODER_FILE)
-    assert trained.facts.items() <= facts.items()
+    assert trained.metadata.items() <= metadata.items()
     pixels = np.stack([decode(photos / path, 8) for path in paths])
-    expected = extract_features(trained.model, pixels, CPU, torch.float32, 5, 8)
+    expected = extract_features(trained.encoder, pixels, BACKEND, 5, 8)
     np.testing.assert_allclose(
         np.stack(table["features"].to_numpy()), expected, rtol=1e-4, atol=1e-5
     )

@@ -1,4 +1,4 @@
-"""export.py: the encoder as ONNX."""
+"""scripts/export.py: the encoder as ONNX."""
 
 import importlib.util
 
@@ -27,7 +27,7 @@ def settings(tmp_path):
 def test_onnx_runtime_gives_the_same_features_for_any_number_of_images(tmp_path, settings, capsys):
     import onnxruntime
 
-    model = write_encoder(tmp_path).eval()  # the 3x3 convolutions of small images are special
+    encoder = write_encoder(tmp_path).eval()  # the 3x3 convolutions of small images are special
     export(settings)
     assert "differ by" in capsys.readouterr().out
     session = onnxruntime.InferenceSession(tmp_path / "encoder.onnx")
@@ -36,7 +36,7 @@ def test_onnx_runtime_gives_the_same_features_for_any_number_of_images(tmp_path,
         images = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(count))
         (features,) = session.run(None, {"images": images.numpy()})
         with torch.inference_mode():
-            expected = model.features(images).numpy()
+            expected = encoder(images).numpy()
         np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
 
 
