@@ -150,11 +150,11 @@ def draw_overview(file: Path) -> None:
         for left, view in zip((0.9, 1.39), two, strict=True):
             sketch.picture(left, bottom + 0.09, 0.4, view)
         sketch.arrow((1.95, bottom + 0.29), (2.47, bottom + 0.29), BLUE, "<|-|>")
-    sketch.write(0.98, 0.22, "no labels: two views of\nan image attract each other", 8.5)
+    sketch.write(0.98, 0.38, "no labels: two views of\nan image attract each other", 8.5, va="top")
     sketch.box(2.51, 0.49, 1.0, 1.9, BLUE)
     sketch.write(3.01, 1.44, f"averages\nthe weights\n\n↻ {rounds} rounds", 9)
     sketch.write(2.21, 2.2, "weights", 8, color=BLUE)
-    sketch.write(3.01, 0.22, "no image\nleaves a client", 8.5)
+    sketch.write(3.01, 0.38, "no image\nleaves a client", 8.5, va="top")
     sketch.arrow((3.55, 2.1), (3.95, 2.1), INK)
     sketch.box(3.99, 1.81, 1.14, 0.58, BLUE)
     sketch.write(4.56, 2.1, "encoder,\nfrozen")
@@ -163,7 +163,7 @@ def draw_overview(file: Path) -> None:
     sketch.write(4.56, 1.28, "linear head,\n10 % of labels")
     sketch.arrow((4.56, 0.97), (4.56, 0.8), INK)
     sketch.write(4.56, 0.6, f"{100 * np.mean(scores):.0f} %", 18, weight="bold", color=ORANGE)
-    sketch.write(4.56, 0.22, "of the test digits\nrecognized", 8.5)
+    sketch.write(4.56, 0.38, "of the test digits\nrecognized", 8.5, va="top")
     sketch.figure.savefig(file, dpi=230, facecolor="white")
 
 
