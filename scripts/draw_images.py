@@ -12,22 +12,30 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from omegaconf import DictConfig
+from matplotlib.patches import FancyBboxPatch
 
 from fedssl.config.compose import load_config
-from fedssl.data.cache import open_image_set
-from fedssl.data.image_set import ImageSet
-from fedssl.data.partitions import count_classes, partition_rows
-from fedssl.data.views import make_augmentation
+from fedssl.data.partitions import count_classes
 from fedssl.env import ROOT
 from fedssl.reporting.comparison import MAIN_METRIC, draw_comparison, find_runs, gather
-from fedssl.reporting.figures import INK, draw_knn, draw_loss_graph, draw_partitions, show_image
+from fedssl.reporting.figures import (
+    BLUE,
+    INK,
+    ORANGE,
+    WIDTH,
+    draw_knn,
+    draw_loss_graph,
+    draw_partitions,
+    show_image,
+)
 from fedssl.runs.directory import RunDirectory
 from fedssl.seeding import generator_for
-from utils import open_source
+from utils import build_views, open_images, open_partitions
 
-RECORDED_RUN = ROOT / "results" / "digits" / "seed0"
+DIGITS = ROOT / "results" / "digits"
+RECORDED_RUN = DIGITS / "seed0"
 BENCHMARK = ROOT / "results" / "cifar10_cpu" / "seed0"
 SWEEP = ROOT / "results" / "sweep"
 NT_XENT = (
@@ -46,12 +54,6 @@ def draw_formula(file: Path) -> None:
         figure.savefig(file, dpi=150)
 
 
-def open_images(config: DictConfig) -> ImageSet:
-    """Open the images of a configuration."""
-    source, size = open_source(config.dataset), config.dataset.image_size
-    return open_image_set(source, size, config.cache_dir, config.seed)
-
-
 def draw_views(file: Path, overrides: Sequence[str], count: int = 8) -> None:
     """Show training images above two random views of each.
 
@@ -60,10 +62,8 @@ def draw_views(file: Path, overrides: Sequence[str], count: int = 8) -> None:
     """
     config = load_config("config", overrides)
     images = open_images(config).train.pixels[:count]
-    augmentation = make_augmentation(config.augment, config.dataset.image_size)
-    views = augmentation.two_views(
-        torch.from_numpy(np.array(images)), generator_for(config.seed, "figure")
-    )
+    generator = generator_for(config.seed, "figure")
+    views = build_views(config).two_views(torch.from_numpy(np.array(images)), generator)
     rows = [images / 255, views[:count].numpy(), views[count:].numpy()]
     figure = Figure(figsize=(6.4, 2.6), layout="constrained")
     grid = figure.subplots(3, count)
@@ -81,10 +81,90 @@ def draw_dealing(file: Path, overrides: Sequence[str]) -> None:
         overrides: which data set and partition, as for main.py.
     """
     config = load_config("config", overrides)
-    images = open_images(config)
-    dealt = (config.num_clients, dict(config.partition), config.seed)
-    parts = partition_rows(images.train, *dealt)
-    draw_partitions(count_classes(images, parts), images.class_names, file)
+    image_set = open_images(config)
+    counts = count_classes(image_set, open_partitions(config, image_set))
+    draw_partitions(counts, image_set.class_names, file)
+
+
+class Sketch:
+    """Boxes, arrows, words and small pictures, placed in inches from the lower left corner."""
+
+    def __init__(self, width: float, height: float) -> None:
+        self.figure, self.size = Figure(figsize=(width, height)), (width, height)
+        self.axes = self.figure.add_axes((0, 0, 1, 1))
+        self.axes.set(xlim=(0, width), ylim=(0, height))
+        self.axes.set_axis_off()
+
+    def box(self, left: float, bottom: float, width: float, height: float, color: str) -> None:
+        """Draw a box with round corners and a tint of its colour inside."""
+        style = "round,pad=0,rounding_size=0.08"
+        for alpha, edge in ((0.1, "none"), (1, color)):
+            fill = color if edge == "none" else "none"
+            corner = (left, bottom)
+            self.axes.add_patch(
+                FancyBboxPatch(
+                    corner, width, height, style, alpha=alpha, ec=edge, fc=fill, linewidth=1.2
+                )
+            )
+
+    def arrow(
+        self, start: tuple[float, float], end: tuple[float, float], color: str, style: str = "-|>"
+    ) -> None:
+        """Draw an arrow from point to point."""
+        line = {"arrowstyle": style, "color": color, "linewidth": 1.4, "shrinkA": 0, "shrinkB": 0}
+        self.axes.annotate("", end, start, arrowprops=line | {"mutation_scale": 9})
+
+    def write(self, x: float, y: float, text: str, size: float = 9, **how: object) -> None:
+        """Write text around a point."""
+        given = {"ha": "center", "va": "center", "color": INK, "linespacing": 1.25} | how
+        self.axes.text(x, y, text, fontsize=size, **given)
+
+    def picture(self, left: float, bottom: float, side: float, image: np.ndarray) -> None:
+        """Show an image (3, S, S)."""
+        width, height = self.size
+        place = (left / width, bottom / height, side / width, side / height)
+        axes: Axes = self.figure.add_axes(place)
+        show_image(axes, image)
+
+
+def draw_overview(file: Path) -> None:
+    """Show what happens: clients train on views, a server averages, few labels measure."""
+    runs = [RunDirectory(folder) for folder in sorted(DIGITS.glob("seed*"))]
+    scores = [run.read_results()[0]["rows"][0]["mean"] for run in runs]  # of the linear head
+    rounds = len(runs[0].read_metrics())
+    config = load_config("config", [])
+    images = np.array(open_images(config).train.pixels[[0, 4, 30]])
+    views = build_views(config).two_views(
+        torch.from_numpy(images), generator_for(config.seed, "overview")
+    )
+    first, second = views.numpy().reshape(2, *images.shape)
+    sketch = Sketch(WIDTH, 2.75)
+    sketch.write(0.98, 2.58, "Clients", 11, weight="bold", color=BLUE)
+    sketch.write(3.01, 2.58, "Server", 11, weight="bold", color=BLUE)
+    sketch.write(4.56, 2.58, "Evaluation", 11, weight="bold", color=ORANGE)
+    for number, (image, *two) in enumerate(zip(images / 255, first, second, strict=True)):
+        bottom = 1.81 - 0.66 * number
+        sketch.box(0.05, bottom, 1.86, 0.58, BLUE)
+        sketch.picture(0.14, bottom + 0.09, 0.4, image)
+        sketch.arrow((0.6, bottom + 0.29), (0.84, bottom + 0.29), INK)
+        for left, view in zip((0.9, 1.39), two, strict=True):
+            sketch.picture(left, bottom + 0.09, 0.4, view)
+        sketch.arrow((1.95, bottom + 0.29), (2.47, bottom + 0.29), BLUE, "<|-|>")
+    sketch.write(0.98, 0.38, "no labels: two views of\nan image attract each other", 8.5, va="top")
+    sketch.box(2.51, 0.49, 1.0, 1.9, BLUE)
+    sketch.write(3.01, 1.44, f"averages\nthe weights\n\n↻ {rounds} rounds", 9)
+    sketch.write(2.21, 2.2, "weights", 8, color=BLUE)
+    sketch.write(3.01, 0.38, "no image\nleaves a client", 8.5, va="top")
+    sketch.arrow((3.55, 2.1), (3.95, 2.1), INK)
+    sketch.box(3.99, 1.81, 1.14, 0.58, BLUE)
+    sketch.write(4.56, 2.1, "encoder,\nfrozen")
+    sketch.arrow((4.56, 1.79), (4.56, 1.6), INK)
+    sketch.box(3.99, 0.99, 1.14, 0.58, ORANGE)
+    sketch.write(4.56, 1.28, "linear head,\n10 % of labels")
+    sketch.arrow((4.56, 0.97), (4.56, 0.8), INK)
+    sketch.write(4.56, 0.6, f"{100 * np.mean(scores):.0f} %", 18, weight="bold", color=ORANGE)
+    sketch.write(4.56, 0.38, "of the test digits\nrecognized", 8.5, va="top")
+    sketch.figure.savefig(file, dpi=230, facecolor="white")
 
 
 def main() -> None:
@@ -92,6 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, help="the run that the map and neighbours show")
     given, folder = parser.parse_args(), ROOT / "images"
+    draw_overview(folder / "overview.png")
     draw_formula(folder / "loss_eq.png")
     draw_views(folder / "views.png", [])
     draw_dealing(folder / "partitions.png", ["partition=dirichlet", "partition.alpha=0.1"])

@@ -9,173 +9,22 @@ anything was seen that was not expected.
 """
 
 import argparse
-import io
 import json
-import os
 import shlex
-import signal
 import struct
 import subprocess
 import sys
 import tempfile
-import time
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, Context, Message, MessageType
 from PIL import Image
 
-import main as program
-from client import make_client_app, simulated
-from fedssl.config.compose import load_config
+from benchmarks.robustness.client_faults import SMALL, try_clients
 from fedssl.env import ROOT
-from fedssl.federation.messages import pack_state, unpack_state
-from fedssl.runs.directory import RunDirectory
-from fedssl.runs.metrics import RoundMetrics
 from fedssl.runs.provenance import provenance
-
-FAULTY = 1  # the partition that misbehaves
-TIMEOUT_S = 60.0
-NAME = "encoder.conv1.weight"
-SMALL = ["num_clients=3", "num_cpus=1", "precision=float32", "model.stem=imagenet"]
-SMALL += ["train.local_epochs=1", "train.max_steps=1", "monitor.bank=100", "monitor.queries=50"]
-SMALL += ["eval.seeds=1", "eval.epochs=1", "figures.map_images=5"]
-
-
-def change_weights(reply: Message, change: Callable[[dict], object]) -> Message:
-    """Change the weights of a training reply."""
-    state = unpack_state(reply.content["arrays"])
-    change(state)
-    reply.content["arrays"] = pack_state(state)
-    return reply
-
-
-def change_count(reply: Message, count: int | None) -> Message:
-    """Change how many images a training reply claims."""
-    metrics = reply.content["metrics"]
-    if count is None:
-        del metrics["num-examples"]
-    else:
-        metrics["num-examples"] = count
-    return reply
-
-
-def pickled(reply: Message) -> Message:
-    """Put a pickled object where the weights belong."""
-    data = io.BytesIO()
-    np.save(data, np.array([print], dtype=object), allow_pickle=True)
-    array = Array("object", (1,), "numpy.ndarray", data.getvalue())
-    reply.content["arrays"] = ArrayRecord({"safetensors": array})
-    return reply
-
-
-def raise_error(reply: Message) -> Message:
-    """Fail as a client's own code would."""
-    raise ValueError("the camera is broken")
-
-
-def kill_process(reply: Message) -> Message:
-    """End without a word, as for want of memory."""
-    os.kill(os.getpid(), signal.SIGKILL)
-    return reply
-
-
-def oversleep(reply: Message) -> Message:
-    """Answer too late."""
-    time.sleep(TIMEOUT_S + 5)
-    return reply
-
-
-# What client 1 does in each round, and a part of the reason that is expected for it.
-CLIENT_FAULTS: dict[str, tuple[Callable[[Message], Message], str]] = {
-    "raises an exception": (raise_error, "the camera is broken"),
-    "its process is killed": (kill_process, "its process died"),
-    "takes longer than round_timeout_s": (oversleep, f"no reply within {TIMEOUT_S:g} s"),
-    "weights with NaN": (
-        lambda reply: change_weights(reply, lambda s: s[NAME].view(-1)[:1].fill_(np.nan)),
-        "is not finite",
-    ),
-    "weights with infinity": (
-        lambda reply: change_weights(reply, lambda s: s[NAME].view(-1)[:1].fill_(np.inf)),
-        "is not finite",
-    ),
-    "weights of a wrong shape": (
-        lambda reply: change_weights(reply, lambda s: s.update({NAME: torch.zeros(3)})),
-        "has shape (3,)",
-    ),
-    "an array of another name": (
-        lambda reply: change_weights(reply, lambda s: s.update({"other": torch.zeros(3)})),
-        "array 'other' is unknown",
-    ),
-    "a missing array": (
-        lambda reply: change_weights(reply, lambda s: s.pop(NAME)),
-        f"array '{NAME}' is missing",
-    ),
-    "a pickled object for weights": (pickled, "can't be read"),
-    "num-examples of 0": (lambda reply: change_count(reply, 0), "num-examples is 0"),
-    "num-examples of -5": (lambda reply: change_count(reply, -5), "num-examples is -5"),
-    "no num-examples": (lambda reply: change_count(reply, None), "num-examples is missing"),
-    "weights a thousand times too large": (
-        lambda reply: change_weights(reply, lambda s: s[NAME].mul_(1000)),
-        "moved by",
-    ),
-}
-
-
-def misbehave(message: Message, context: Context, call_next: Callable) -> Message:
-    """Be a Flower mod: let the faulty client fail in the way of its round."""
-    faulty = int(context.node_config["partition-id"]) == FAULTY
-    if message.metadata.message_type != MessageType.TRAIN or not faulty:
-        return call_next(message, context)
-    number = int(message.content["config"]["server-round"])
-    reply = call_next(message, context)
-    faults = [fault for fault, _ in CLIENT_FAULTS.values()]
-    return faults[number - 1](reply) if number <= len(faults) else reply
-
-
-def try_clients(folder: Path) -> list[dict[str, str]]:
-    """Run a round per fault and one without; see who took part in each."""
-    rounds = len(CLIENT_FAULTS) + 1
-    places = [f"output_dir={folder}", f"cache_dir={folder}/cache"]
-    limits = [f"num_rounds={rounds}", f"round_timeout_s={TIMEOUT_S:g}", "min_results=2"]
-    config = load_config("config", [*SMALL, *places, *limits])
-    resources, image_set = program.prepare(config)
-    config.num_cpus, config.num_gpus = resources.num_cpus, resources.num_gpus
-    run = RunDirectory.create(folder / "clients", config)
-    app = make_client_app(simulated(config), mods=[misbehave])
-    program.simulate(config, resources, image_set, run, client_app=app)
-    done = run.read_metrics()
-    table = []
-    for (fault, (_, reason)), metrics in zip(CLIENT_FAULTS.items(), done, strict=False):
-        reasons = {failure.partition: failure.reason for failure in metrics.failures}
-        trained = who_trained(metrics)
-        told = reasons.get(FAULTY, "nothing")
-        table.append(
-            {
-                "fault": f"client: {fault}",
-                "expected": f"left out and named ({reason}), the others go on",
-                "seen": f"trained: {trained}; {reasons}",
-                "ok": reason in told and trained == [0, 2] and set(reasons) == {FAULTY},
-            }
-        )
-    trained = who_trained(done[-1])
-    table.append(
-        {
-            "fault": "client: no fault any more",
-            "expected": "takes part again",
-            "seen": f"trained: {trained}",
-            "ok": trained == [0, 1, 2] and len(done) == rounds and not done[-1].failures,
-        }
-    )
-    return table
-
-
-def who_trained(metrics: RoundMetrics) -> list[int]:
-    """List the partitions whose updates went into a round."""
-    return [c.partition for c in metrics.clients if c.update_norm is not None]
 
 
 def run_main(*arguments: object) -> tuple[int, str]:
