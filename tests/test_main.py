@@ -80,7 +80,7 @@ def test_the_ending_says_where_everything_lies_and_what_is_next(finished):
     output, done = finished
     run = (output / "latest").resolve()
     assert f"Everything is in {run}" in done.stdout
-    assert "python test.py mode=finetune" in done.stdout
+    assert "python test.py eval=finetune" in done.stdout
 
 
 def test_every_promised_file_is_there(finished):

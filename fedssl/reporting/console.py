@@ -245,7 +245,7 @@ def print_ending(run_path: Path, output_dir: Path, labelled: bool) -> None:
     if labelled:
         commands = {
             "python test.py label_fraction=0.02": "the same encoder, fewer labels",
-            "python test.py mode=finetune": "tune the encoder too",
+            "python test.py eval=finetune": "tune the encoder too",
             "python main.py dataset=cifar10": "the benchmark",
         }
     commands[f"tensorboard --logdir {show_path(output_dir)}"] = "the curves of all runs"
