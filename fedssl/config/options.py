@@ -51,8 +51,7 @@ def _base(group: str, content: Mapping[str, Any]) -> type[Section]:
         other = CONF / group / f"{name}.yaml"
         if other.is_file():
             target = str(_read(other).get("_target_"))
-            model = GROUPS[group].models.get(target) or model_of_option(group, target)
-            return model or Section
+            return GROUPS[group].models.get(target) or model_of_option(group, target) or Section
     return Section
 
 

@@ -29,7 +29,8 @@ class Conv3x3(nn.Conv2d):
     @classmethod
     def of(cls, conv: nn.Conv2d) -> "Conv3x3":
         """Take over a convolution and its weights."""
-        new = cls(conv.in_channels, conv.out_channels, 3, conv.stride, 1, bias=False)
+        stride = conv.stride[0], conv.stride[1]
+        new = cls(conv.in_channels, conv.out_channels, 3, stride, 1, bias=False)
         new.weight = conv.weight
         return new
 

@@ -51,6 +51,7 @@ class Encoder(ResNet):
 
     mean: Tensor
     std: Tensor
+    feature_size: int
 
     def __init__(self, settings: EncoderSettings) -> None:
         """Build it at random initialization.

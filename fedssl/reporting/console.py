@@ -65,7 +65,9 @@ class Waiting:
 
     def render(self) -> Text:
         """Draw the line, as often as it is shown."""
-        return _one_line("  ", self.spinner.render(time.monotonic()), f" {self.describe()}")
+        spinner = self.spinner.render(time.monotonic())
+        assert isinstance(spinner, Text)  # one without a text of its own
+        return _one_line("  ", spinner, f" {self.describe()}")
 
 
 class RoundProgress(Waiting):

@@ -22,9 +22,10 @@ from fedssl.runs.checkpoints import list_checkpoints
 from fedssl.runs.encoder_file import ENCODER_FILE, pack_encoder
 from fedssl.runs.metrics import RoundMetrics
 
-fcntl = None
-with suppress(ImportError):  # there is none on Windows
+try:
     import fcntl
+except ImportError:  # there is none on Windows
+    fcntl = None  # type: ignore[assignment]
 
 LATEST = "latest"
 # Without these it is not a run's configuration.
