@@ -80,7 +80,8 @@ def _sections(
 ) -> Iterator[tuple[str, type[Section], Mapping[str, Any]]]:
     """Take settings apart: the prefix of the keys, the schema and the values of each section."""
     plan = PROGRAMS[program]
-    groups = [*plan.groups, *([plan.optional] if plan.optional in settings else [])]
+    optional = [plan.optional] if plan.optional and plan.optional in settings else []
+    groups = [*plan.groups, *optional]
     top = {key: value for key, value in settings.items() if key not in groups}
     if plan.at_top:
         model = _model_of(plan.at_top, top, "")

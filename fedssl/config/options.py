@@ -45,9 +45,9 @@ def _base(group: str, content: Mapping[str, Any]) -> type[Section]:
     """Find what a file starts from: a schema, or another option of its group."""
     for entry in content.get("defaults", ()):
         name = str(entry).partition("@")[0]
-        for model in GROUPS[group].models.values():
-            if name == f"/schema/{model.__name__}":
-                return model
+        for known in GROUPS[group].models.values():
+            if name == f"/schema/{known.__name__}":
+                return known
         other = CONF / group / f"{name}.yaml"
         if other.is_file():
             target = str(_read(other).get("_target_"))

@@ -119,7 +119,7 @@ def summarize(frame: pd.DataFrame, settings: Sequence[str]) -> pd.DataFrame:
 def to_markdown(table: pd.DataFrame) -> str:
     """Write a summary as a Markdown table, `mean ± std` in a cell."""
     settings = [str(name) for name in table.index.names if name]
-    columns: list[tuple[str, str]] = list(table.columns)
+    columns: Any = table.columns  # pairs of a score and what is told of it
     scores = list(dict.fromkeys(name for name, _ in columns if name != "runs"))
     head = [*map(_title, settings), "runs", *scores]
     lines = [_line(head), _line(["---"] * len(head))]
@@ -146,7 +146,7 @@ def _short(value: Any) -> str:
     return text.rpartition(".")[2].removesuffix("Partitioner") if is_target else text
 
 
-def _mean_and_std(mean: float, std: float) -> str:
+def _mean_and_std(mean: Any, std: Any) -> str:
     if pd.isna(mean):
         return ""
     return f"{mean:.1f}" if pd.isna(std) else f"{mean:.1f} ± {std:.1f}"

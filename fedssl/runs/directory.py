@@ -103,6 +103,8 @@ class RunDirectory:
             raise UserError(f"run={self.path}: no config.yaml there; {remedy}")
         try:
             config = OmegaConf.load(self.config)
+            if not isinstance(config, DictConfig):
+                raise ValueError("no mapping")
         except (OSError, ValueError, YAMLError) as error:
             raise UserError(f"{self.config}: can't be read ({error}); {remedy}") from error
         missing = [name for name in SECTIONS if name not in config]
