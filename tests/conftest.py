@@ -105,7 +105,7 @@ def config(cache_dir, tmp_path):
 
 @pytest.fixture(scope="session")
 def digits(cache_dir):
-    source = DigitsSource(name="digits", source="digits", path=None, test_fraction=0.2)
+    source = DigitsSource(name="digits", test_fraction=0.2)
     return open_images(source, 8, cache_dir)
 
 
