@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fedssl.federation.monitoring import find_warnings
+from fedssl.runs.metrics import ClientMetrics, RoundMetrics
 from fedssl.training.representation import measure_health
 
 
@@ -43,17 +44,25 @@ def test_a_uniform_circle_has_the_uniformity_of_the_integral():
     assert found == pytest.approx(expected, abs=1e-3)
 
 
-def row(uniformity=-2.0, effective_rank=10.0, steps=(1.0, 1.1, 0.9), cosines=(0.5, 0.4, 0.6)):
-    clients = [
-        {"partition": number, "step": step, "cosine": cosine}
-        for number, (step, cosine) in enumerate(zip(steps, cosines, strict=True))
-    ]
-    return {"uniformity": uniformity, "effective_rank": effective_rank, "clients": clients}
+def a_round(uniformity=-2.0, effective_rank=10.0, norms=(1.0, 1.1, 0.9), cosines=(0.5, 0.4, 0.6)):
+    clients = tuple(
+        ClientMetrics(number, update_norm=norm, cosine=cosine)
+        for number, (norm, cosine) in enumerate(zip(norms, cosines, strict=True))
+    )
+    evaluated = ClientMetrics(9, eval_loss=1.0)  # it did not train
+    return RoundMetrics(
+        1, uniformity=uniformity, effective_rank=effective_rank, clients=(*clients, evaluated)
+    )
 
 
 def test_a_sound_round_gives_no_warning():
-    assert find_warnings(row()) == []
-    assert find_warnings(row(uniformity=None, effective_rank=None)) == []
+    assert find_warnings(a_round()) == []
+    assert find_warnings(a_round(uniformity=None, effective_rank=None)) == []
+    assert find_warnings(a_round(norms=(0.0, 0.0, 5.0))) == []  # half of them did not move
+
+
+def test_of_two_clients_nobody_knows_which_one_drifts():
+    assert find_warnings(a_round(norms=(1.0, 9.0), cosines=(0.5, -0.5))) == []
 
 
 @pytest.mark.parametrize(
@@ -61,10 +70,10 @@ def test_a_sound_round_gives_no_warning():
     [
         ({"uniformity": -0.01}, "collapsed to a point"),
         ({"effective_rank": 1.2}, "collapsed to a line"),
-        ({"steps": (1.0, 5.0, 0.9)}, "client 1 drifts away: its step is 5.0 times"),
+        ({"norms": (1.0, 5.0, 0.9)}, "client 1 drifts away: its update norm is 5.0 times"),
         ({"cosines": (0.5, 0.4, -0.3)}, "client 2 drifts away: it moves against the others"),
     ],
 )
 def test_each_trouble_is_named(wrong, message):
-    (warning,) = find_warnings(row(**wrong))
+    (warning,) = find_warnings(a_round(**wrong))
     assert message in warning

@@ -17,6 +17,7 @@ from fedssl.federation.nodes import Nodes, ignore
 from fedssl.federation.rounds import Federation
 from fedssl.runs.checkpoints import list_checkpoints, load_checkpoint
 from fedssl.runs.directory import RunDirectory
+from fedssl.runs.metrics import Failure, Progress
 
 # Flower sets these before it runs an app; a message can't be made without them.
 TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
@@ -71,15 +72,15 @@ def federate(config, digits, tmp_path):
         given += ["train.max_steps=1", "train.local_epochs=1", "precision=float32", FAST]
         changed = load_config("config", [*given, f"output_dir={tmp_path}", *overrides])
         directory = RunDirectory.create(tmp_path / f"run{len(list(tmp_path.iterdir()))}", changed)
-        rows = []
+        rounds = []
         grid = LocalGrid(changed, tamper)
         nodes = Nodes.of(grid, changed)
         federation = Federation(
-            nodes, changed, directory, digits, rows.append, checkpoint, on_answer
+            nodes, changed, directory, digits, rounds.append, checkpoint, on_answer
         )
         federation.train()
-        assert directory.read_metrics() == rows
-        return federation, rows, grid
+        assert directory.read_metrics() == rounds
+        return federation, rounds, grid
 
     return run
 
@@ -87,17 +88,17 @@ def federate(config, digits, tmp_path):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_trains_soundly_and_resumes_with_the_same_bytes(federate, strategy):
     overrides = [f"strategy={strategy}", f"num_clients={5 if strategy == 'krum' else 3}"]
-    federation, rows, _ = federate(*overrides)
+    federation, rounds, _ = federate(*overrides)
     checkpoints = list_checkpoints(federation.run.checkpoints)
     after_one = load_checkpoint(checkpoints[0])
-    assert after_one.row == rows[0]
+    assert after_one.metrics == rounds[0]
     rest, later, _ = federate(*overrides, checkpoint=after_one)
-    assert [row["round"] for row in later] == [2]
+    assert [metrics.round for metrics in later] == [2]
     assert rest.run.last_checkpoint().read_bytes() == checkpoints[1].read_bytes()
-    for key in ("train_loss", "eval_loss", "knn", "effective_rank"):
-        assert later[0][key] == rows[1][key]
+    for name in ("train_loss", "eval_loss", "knn", "effective_rank"):
+        assert getattr(later[0], name) == getattr(rounds[1], name)
     state = federation.model.state_dict()
-    assert len(rows) == 2
+    assert len(rounds) == 2
     for name, tensor in state.items():
         if name.endswith("num_batches_tracked"):
             assert tensor.dtype == torch.int64
@@ -117,7 +118,7 @@ def test_fedavg_is_the_mean_weighted_by_samples(federate):
         seen.append((reply.content["metrics"]["num-examples"], state))
         return reply
 
-    federation, rows, _ = federate(
+    federation, rounds, _ = federate(
         "num_rounds=1", "partition=dirichlet", "num_clients=3", tamper=keep
     )
     weights = np.array([count for count, _ in seen], dtype=float)
@@ -126,12 +127,12 @@ def test_fedavg_is_the_mean_weighted_by_samples(federate):
         stack = [state[name].numpy() for _, state in seen]
         expected = np.average(stack, axis=0, weights=weights)
         np.testing.assert_allclose(tensor.numpy(), expected, rtol=1e-4, atol=1e-6)
-    losses = [client["train_loss"] for client in rows[0]["clients"]]
-    sizes = [client["num_examples"] for client in rows[0]["clients"]]
-    assert rows[0]["train_loss"] == pytest.approx(np.average(losses, weights=sizes))
+    losses = [client.train_loss for client in rounds[0].clients]
+    sizes = [client.num_examples for client in rounds[0].clients]
+    assert rounds[0].train_loss == pytest.approx(np.average(losses, weights=sizes))
 
 
-def test_the_standing_of_a_round_is_told_as_clients_answer(federate):
+def test_the_progress_of_a_round_is_told_as_clients_answer(federate):
     told = []
 
     def lose(partition, reply):
@@ -141,17 +142,15 @@ def test_the_standing_of_a_round_is_told_as_clients_answer(federate):
         error.metadata.__dict__["_reply_to_message_id"] = reply.metadata.reply_to_message_id
         return error
 
-    _, (row,), _ = federate("num_rounds=1", tamper=lose, on_answer=told.append)
+    _, (metrics,), _ = federate("num_rounds=1", tamper=lose, on_answer=told.append)
     train, evaluate = told[:4], told[4:]
-    assert [(s["phase"], s["answered"], s["asked"]) for s in train] == [
+    assert [(p.phase, p.answered, p.asked) for p in train] == [
         ("train", answered, 3) for answered in range(4)
     ]
-    assert [(s["phase"], s["answered"], s["asked"]) for s in evaluate] == [
-        ("evaluate", answered, 3) for answered in range(4)
-    ]
-    assert train[0]["images_per_second"] is None
+    assert evaluate == [Progress("evaluate", answered, 3) for answered in range(4)]
+    assert train[0].images_per_second is None
     # Two clients' images, over no more than the time until the average is made.
-    assert train[-1]["images_per_second"] >= row["images_per_second"] > 0
+    assert train[-1].images_per_second >= metrics.images_per_second > 0
 
 
 def test_the_order_of_replies_does_not_change_a_byte(federate):
@@ -180,19 +179,19 @@ def test_the_seed_decides_which_partitions_take_part(federate):
 
 
 def test_a_round_leaves_its_metrics_and_files(federate, config):
-    federation, rows, _ = federate("num_rounds=4", "keep_checkpoints=2")
+    federation, rounds, _ = federate("num_rounds=4", "keep_checkpoints=2")
     directory = federation.run
     names = [file.name for file in list_checkpoints(directory.checkpoints)]
     assert names == ["round-0003.safetensors", "round-0004.safetensors"]
     assert (directory.path / "encoder.safetensors").is_file()
     assert list(directory.path.glob("events.out.tfevents.*"))
-    row = rows[-1]
-    assert [client["partition"] for client in row["clients"]] == [0, 1, 2]
-    assert all({"train_loss", "eval_loss"} <= client.keys() for client in row["clients"])
-    assert 0.3 < row["knn"] <= 1  # ten classes
-    assert row["failures"] == []
+    metrics = rounds[-1]
+    assert [client.partition for client in metrics.clients] == [0, 1, 2]
+    assert all(client.train_loss and client.eval_loss for client in metrics.clients)
+    assert 0.3 < metrics.knn <= 1  # ten classes
+    assert metrics.failures == ()
     size = sum(t.nbytes for t in federation.model.state_dict().values())
-    assert row["bytes_moved"] == pytest.approx(9 * size, rel=0.01)  # 3 clients: out, back, out
+    assert metrics.bytes_moved == pytest.approx(9 * size, rel=0.01)  # 3 clients: out, back, out
 
 
 def poison(value):
@@ -208,12 +207,10 @@ def poison(value):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_an_update_that_is_not_finite_is_left_out_and_named(federate, value):
-    federation, rows, _ = federate(tamper=poison(value))
+    federation, rounds, _ = federate(tamper=poison(value))
     assert all(torch.isfinite(t).all() for t in federation.model.state_dict().values())
-    for row in rows:
-        assert row["failures"] == [
-            {"partition": 1, "reason": "array 'encoder.conv1.weight' is not finite"}
-        ]
+    for metrics in rounds:
+        assert metrics.failures == (Failure(1, "array 'encoder.conv1.weight' is not finite"),)
 
 
 def scale(factor):
@@ -229,19 +226,20 @@ def scale(factor):
 
 
 def test_an_enormous_update_is_left_out_and_named(federate):
-    federation, rows, _ = federate(tamper=scale(1e30))
+    federation, rounds, _ = federate(tamper=scale(1e30))
     assert federation.model.encoder.conv1.weight.abs().max() < 10
-    for row in rows:
-        (failure,) = row["failures"]
-        assert failure["partition"] == 1
-        assert "moved by" in failure["reason"]
-        assert [client["partition"] for client in row["clients"] if "step" in client] == [0, 2]
+    for metrics in rounds:
+        (failure,) = metrics.failures
+        assert failure.partition == 1
+        assert "moved by" in failure.reason
+        trained = [c.partition for c in metrics.clients if c.update_norm is not None]
+        assert trained == [0, 2]
 
 
 @pytest.mark.parametrize("overrides", [["partition=dirichlet"], ["partition=pathological"]])
 def test_honest_clients_of_unequal_size_are_not_taken_for_attackers(federate, overrides):
-    _, rows, _ = federate(*overrides, "num_clients=5", "train.max_steps=0", "num_rounds=2")
-    assert all(row["failures"] == [] for row in rows)
+    _, rounds, _ = federate(*overrides, "num_clients=5", "train.max_steps=0", "num_rounds=2")
+    assert all(metrics.failures == () for metrics in rounds)
 
 
 def test_too_few_results_end_the_run_with_the_reasons(federate):
@@ -261,8 +259,8 @@ def test_a_drifting_client_is_named_in_a_warning(federate):
             reply.content["arrays"] = pack_state(state)
         return reply
 
-    _, rows, _ = federate("max_step_ratio=null", tamper=turn_back)
-    assert any("client 1 drifts away" in warning for warning in rows[0]["warnings"])
+    _, rounds, _ = federate("max_step_ratio=null", tamper=turn_back)
+    assert any("client 1 drifts away" in warning for warning in rounds[0].warnings)
 
 
 def test_a_collapsed_representation_gives_a_warning(federate):
@@ -276,12 +274,12 @@ def test_a_collapsed_representation_gives_a_warning(federate):
         reply.content["arrays"] = pack_state(state)
         return reply
 
-    _, rows, _ = federate("max_step_ratio=null", tamper=flatten_head)
-    assert any("collapsed" in warning for warning in rows[0]["warnings"])
+    _, rounds, _ = federate("max_step_ratio=null", tamper=flatten_head)
+    assert any("collapsed" in warning for warning in rounds[0].warnings)
     _, sound, _ = federate()
-    assert sound[0]["warnings"] == []
-    assert sound[0]["uniformity"] < -0.3
-    assert sound[0]["effective_rank"] > 2
+    assert sound[0].warnings == ()
+    assert sound[0].uniformity < -0.3
+    assert sound[0].effective_rank > 2
 
 
 def test_a_full_disk_ends_the_run_with_the_last_good_state(federate, monkeypatch):
@@ -315,8 +313,8 @@ def test_a_failed_client_is_left_out_and_named(federate):
     def fail_first(partition, reply):
         return fail(partition, reply) if partition == 0 else reply
 
-    _, rows, _ = federate(tamper=fail_first)
-    assert rows[0]["failures"] == [{"partition": 0, "reason": "out of memory"}]
+    _, rounds, _ = federate(tamper=fail_first)
+    assert rounds[0].failures == (Failure(0, "out of memory"),)
     with pytest.raises(
         RuntimeError, match=r"0 of 3 clients came back, min_results=1 .*client 0: out of memory"
     ):
