@@ -166,13 +166,14 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
         raise KeyboardInterrupt(go_on) from interrupt
     report("")
     evaluate(config, image_set, its)
+    try_report(config, image_set, its)
     if not config.quiet:
         print_ending(its.path, Path(config.output_dir), image_set.labelled)
     return its
 
 
 def evaluate(config: DictConfig, image_set: ImageSet, run: RunDirectory) -> None:
-    """Evaluate the encoder of a run and write the page; the run has its weights, come what may."""
+    """Evaluate the encoder of a run where there are labels."""
     if image_set.labelled:
         with Waiting("linear evaluation", config.quiet):
             result = evaluate_run(run, config, config.eval, image_set, run.last_checkpoint())
@@ -180,6 +181,10 @@ def evaluate(config: DictConfig, image_set: ImageSet, run: RunDirectory) -> None
     else:
         print("No labels, so no linear evaluation. With a folder of labelled images:")
         print("  python test.py dataset=imagefolder dataset.path=FOLDER label_fraction=1")
+
+
+def try_report(config: DictConfig, image_set: ImageSet, run: RunDirectory) -> None:
+    """Write the page of a run; whatever goes wrong with it, the run has its results."""
     try:
         with Waiting("report", config.quiet):
             report_run(run, config, config.figures, image_set)

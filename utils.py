@@ -49,6 +49,7 @@ from fedssl.training.schedule import Schedule
 if TYPE_CHECKING:  # a client, which imports this file for every message, evaluates nothing
     from fedssl.evaluation.base import Evaluation, EvaluationData
     from fedssl.evaluation.protocol import Result
+    from fedssl.reporting.sections import RunFacts, RunImages
 
 PREPARATION = (
     "image_size",
@@ -408,6 +409,40 @@ def evaluate_run(
     return result
 
 
+def run_facts(config: DictConfig) -> "RunFacts":
+    """Say what the page of a run tells of it."""
+    from fedssl.reporting.sections import RunFacts
+
+    return RunFacts(
+        dataset=config.dataset.name,
+        method=name_of(config.method),
+        encoder=config.model.encoder,
+        strategy=name_of(config.strategy),
+        partitioner=name_of(config.partition),
+        num_rounds=config.num_rounds,
+        seed=config.seed,
+        held_out=config.held_out,
+        settings=plain(config),
+    )
+
+
+def run_images(run: RunDirectory, config: DictConfig, image_set: ImageSet) -> "RunImages":
+    """Load what the pictures of a run show: images, and encoders before and after training.
+
+    Raises:
+        UserError: no checkpoint, or a damaged one.
+    """
+    from fedssl.reporting.sections import Encoders, RunImages
+
+    backend = choose_backend(config.precision)
+    method, number = load_trained(config, run.last_checkpoint(), backend.device)
+    untrained = build_method(config, backend.device).encoder
+    resolution = build_schedule(config).eval_resolution(number)
+    batch_size = config.eval.feature_batch_size
+    encoders = Encoders(untrained, method.encoder, number, resolution, batch_size, backend)
+    return RunImages(image_set, open_partitions(config, image_set), encoders)
+
+
 def report_run(
     run: RunDirectory, config: DictConfig, figures: DictConfig, image_set: ImageSet | None
 ) -> None:
@@ -422,27 +457,8 @@ def report_run(
         RuntimeError: the run's directory can't be written.
     """
     from fedssl.reporting.page import write_report
-    from fedssl.reporting.sections import Encoders, FigureSettings, RunFacts, RunImages
+    from fedssl.reporting.sections import FigureSettings
 
-    names = {key: name_of(config[key]) for key in ("method", "strategy")}
-    facts = RunFacts(
-        dataset=config.dataset.name,
-        encoder=config.model.encoder,
-        partitioner=name_of(config.partition),
-        num_rounds=config.num_rounds,
-        seed=config.seed,
-        held_out=config.held_out,
-        settings=plain(config),
-        **names,
-    )
-    images = None
-    if image_set:
-        backend = choose_backend(config.precision)
-        method, number = load_trained(config, run.last_checkpoint(), backend.device)
-        untrained = build_method(config, backend.device).encoder
-        resolution = build_schedule(config).eval_resolution(number)
-        batch_size = config.eval.feature_batch_size
-        encoders = Encoders(untrained, method.encoder, number, resolution, batch_size, backend)
-        images = RunImages(image_set, open_partitions(config, image_set), encoders)
+    images = run_images(run, config, image_set) if image_set else None
     settings = FigureSettings(figures.map_images, figures.perplexity, figures.queries)
-    write_report(run, facts, settings, images)
+    write_report(run, run_facts(config), settings, images)

@@ -20,7 +20,8 @@ from PIL import Image
 from fedssl.config.compose import load_config
 from fedssl.data.cache import open_image_set
 from fedssl.env import ROOT
-from utils import build_method, open_source
+from fedssl.runs.directory import RunDirectory
+from utils import build_method, open_source, plain
 
 CIFAR10 = Path(os.environ.get("CIFAR10_DIR", ROOT.parent / "shared" / "data" / "cifar10"))
 CPU = torch.device("cpu")
@@ -99,6 +100,11 @@ def screen(text):
     while len(lines) > 1 and not lines[-1].strip():
         lines.pop()
     return lines
+
+
+def create_run(path, config, overrides=()):
+    """Start a run's directory as main.py does."""
+    return RunDirectory.create(path, plain(config), config.output_dir, overrides)
 
 
 @pytest.fixture(scope="session")

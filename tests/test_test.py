@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import create_run
 from omegaconf import OmegaConf
 
 from fedssl.compute import choose_backend
@@ -12,7 +13,6 @@ from fedssl.config.evaluation import follow_run
 from fedssl.errors import UserError
 from fedssl.evaluation.supervised import SupervisedTraining
 from fedssl.runs.checkpoints import Checkpoint, save_checkpoint
-from fedssl.runs.directory import RunDirectory
 from test import find_checkpoint
 from utils import build_method, evaluate_run, open_evaluation
 
@@ -26,7 +26,7 @@ def settings():
 
 @pytest.fixture
 def run(tmp_path, config):
-    directory = RunDirectory.create(tmp_path / "run", config)
+    directory = create_run(tmp_path / "run", config)
     state = build_method(config, CPU).state_dict()
     save_checkpoint(directory.checkpoints, Checkpoint(3, state), keep=1)
     return directory

@@ -1,5 +1,5 @@
 import pytest
-from recipes import EXPECTED
+from config.recipes import EXPECTED
 
 from fedssl.config.command_line import flags_to_overrides, is_informative, jobs_of
 from fedssl.config.compose import CONF, flatten, load_config

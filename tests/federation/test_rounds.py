@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from conftest import create_run
 from flwr.app import Error, Message
 
 from client import make_client_app, simulated
@@ -15,7 +16,6 @@ from fedssl.federation.local_grid import LocalGrid
 from fedssl.federation.messages import read_state, write_state
 from fedssl.federation.nodes import Nodes, no_op
 from fedssl.runs.checkpoints import list_checkpoints, load_checkpoint
-from fedssl.runs.directory import RunDirectory
 from fedssl.runs.metrics import Failure
 from utils import build_federation, build_patience, plain
 
@@ -62,7 +62,7 @@ def federate(config, digits, tmp_path):
         given = [f"cache_dir={config.cache_dir}", "num_clients=3", "num_rounds=2", "num_cpus=2"]
         given += ["train.max_steps=1", "train.local_epochs=1", "precision=float32", FAST]
         changed = load_config("config", [*given, f"output_dir={tmp_path}", *overrides])
-        directory = RunDirectory.create(tmp_path / f"run{len(list(tmp_path.iterdir()))}", changed)
+        directory = create_run(tmp_path / f"run{len(list(tmp_path.iterdir()))}", changed)
         rounds = []
         grid = ShuffledGrid(changed, tamper)
         nodes = Nodes(grid, build_patience(changed))

@@ -5,26 +5,27 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from browser import CHROMIUM, Browser
-from conftest import CPU
-from federation.test_rounds import FAST, LocalGrid
+from conftest import CPU, create_run
+from federation.test_rounds import FAST, ShuffledGrid
+from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fedssl.compute import Backend
 from fedssl.config.compose import load_config
 from fedssl.data.image_set import Images, ImageSet
 from fedssl.errors import UserError
-from fedssl.federation.nodes import Nodes
-from fedssl.federation.rounds import Federation
+from fedssl.evaluation.features import extract_features
 from fedssl.reporting import sections as pictures
 from fedssl.reporting.figures import MAX_NAMES, draw_map
-from fedssl.reporting.page import write_report
 from fedssl.reporting.sections import picture_map, picture_partitions
-from fedssl.runs.directory import RunDirectory
 from fedssl.runs.metrics import Failure
 from main import try_report
 from scripts.report import prepare
-from test import evaluate_run
+from utils import build_method, evaluate_run, report_run, run_facts, run_images, run_rounds
 
+IID = {"_target_": "flwr_datasets.partitioner.IidPartitioner"}
 REASON = "<script>alert('no')</script> & so on"
 
 
@@ -35,17 +36,17 @@ def finished(tmp_path_factory, cache_dir, digits):
     given = ["num_clients=3", "num_rounds=2", "train.local_epochs=1", "train.max_steps=1", FAST]
     given += ["precision=float32", "num_cpus=1", f"cache_dir={cache_dir}", f"output_dir={folder}"]
     config = load_config("config", [*given, "eval.seeds=1", "partition=dirichlet"])
-    run = RunDirectory.create(folder / "run", config, given)
+    run = create_run(folder / "run", config, given)
     shown = []
 
     def look(metrics):
         shown.append(len(read_events(run).Scalars("train_loss")))
 
-    Federation(Nodes.of(LocalGrid(config), config), config, run, digits, look).train()
+    run_rounds(config, ShuffledGrid(config), run, digits, look)
     first, second = run.read_metrics()
     run.write_metrics([first, replace(second, failures=(Failure(2, REASON),))])
     evaluate_run(run, config, config.eval, digits, run.last_checkpoint())
-    write_report(run, config, config.figures, digits)
+    report_run(run, config, config.figures, digits)
     return run, config, shown
 
 
@@ -178,17 +179,18 @@ def test_images_that_moved_are_asked_for(finished, tmp_path):
 def test_without_labels_the_page_says_what_it_leaves_out(finished, digits, tmp_path):
     run, config, _ = finished
     bare = ImageSet(Images(digits.train.pixels, None), None, [], [], "bare", "", "bare")
-    other = RunDirectory.create(tmp_path / "run", config)
+    other = create_run(tmp_path / "run", config)
+    few = OmegaConf.merge(config, {"figures": {"map_images": 30}, "partition": IID})
     other.write_metrics([replace(metrics, knn=None) for metrics in run.read_metrics()])
     for file in run.checkpoints.glob("round-0002.*"):
         (other.checkpoints / file.name).write_bytes(file.read_bytes())
-    write_report(other, config, {**config.figures, "map_images": 30}, bare)
+    report_run(other, few, few.figures, bare)
     page = other.report.read_text()
     assert page.count("Left out") == 3  # kNN, map, partitions
     assert "29 others" in page
     assert "Training images" in page
     assert "Not evaluated" in page
-    write_report(other, config, config.figures, None)  # the clients alone have images
+    report_run(other, config, config.figures, None)  # the clients alone have images
     assert other.report.read_text().count("Left out") == 4
 
 
@@ -196,21 +198,22 @@ def test_a_failing_report_costs_no_results(finished, digits, monkeypatch, capsys
     run, config, _ = finished
     before = run.report.read_bytes()
     monkeypatch.setattr(pictures, "TSNE", lambda **settings: 1 / 0)
-    try_report(run, config, digits)
+    try_report(config, digits, run)
     assert "no report (ZeroDivisionError" in capsys.readouterr().out
     assert run.report.read_bytes() == before
 
 
 def test_the_partitions_shown_are_those_the_clients_held(finished, digits, tmp_path):
     run, config, _ = finished
+    facts, images = run_facts(config), run_images(run, config, digits)
     first, second = run.read_metrics()
-    picture = picture_partitions(config, [first, second], digits, tmp_path / "a.png")
+    picture = picture_partitions(facts, [first, second], images, tmp_path / "a.png")
     assert picture.file.is_file()
     assert "1,437 training images, dealt out to 3 clients" in picture.caption
     one, *others = first.clients
     more = replace(one, num_examples=one.num_examples + 1)  # a node with a folder of its own
     rounds = [replace(first, clients=(more, *others)), second]
-    assert picture_partitions(config, rounds, digits, tmp_path / "b.png").file is None
+    assert picture_partitions(facts, rounds, images, tmp_path / "b.png").file is None
 
 
 def test_a_map_keeps_apart_what_is_apart():
@@ -240,13 +243,13 @@ def test_a_map_of_many_classes_has_a_scale_of_their_numbers(monkeypatch):
 
 def test_the_map_shows_the_baseline_and_the_trained_encoder(finished, digits, tmp_path):
     run, config, _ = finished
-    encoded = pictures.encode_some(run, config, {"map_images": 40}, digits)
+    images = run_images(run, config, digits)
+    encoded = pictures.encode_some(images, 40, config.seed)
     assert encoded.before.shape == encoded.after.shape == (40, 512)
-    untrained = pictures.build_model(config.model, config.dataset, config.seed, CPU)
-    dtype = pictures.choose_dtype("float32", CPU)
-    expected = pictures.extract_features(untrained, encoded.pixels, CPU, dtype, 256, 8)
+    untrained, backend = build_method(config, CPU).encoder, Backend(CPU, torch.float32)
+    expected = extract_features(untrained, encoded.pixels, backend, 256, 8)
     np.testing.assert_allclose(encoded.before, expected, rtol=1e-4, atol=1e-5)
     assert np.abs(encoded.before - encoded.after).max() > 1e-3
-    picture = picture_map(config, {"perplexity": 30}, encoded, digits, tmp_path / "map.png")
+    picture = picture_map(30, config.seed, encoded, digits.class_names, tmp_path / "map.png")
     assert "40 test images" in picture.caption
     assert "perplexity 13" in picture.caption  # a third of the images at most

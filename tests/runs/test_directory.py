@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from conftest import create_run
 
 from fedssl.errors import UserError
 from fedssl.files import check_writable, write_atomically
@@ -12,7 +13,7 @@ from fedssl.runs.provenance import provenance
 
 @pytest.fixture
 def run(tmp_path, config):
-    return RunDirectory.create(tmp_path / "day" / "one", config)
+    return create_run(tmp_path / "day" / "one", config)
 
 
 def test_a_run_without_checkpoints_says_so(run):
@@ -27,7 +28,7 @@ def test_a_folder_that_is_no_run_says_so(tmp_path):
 
 def test_latest_points_at_the_newest_run(tmp_path, config):
     for name in ("one", "two"):
-        run = RunDirectory.create(tmp_path / "day" / name, config)
+        run = create_run(tmp_path / "day" / name, config)
         assert (tmp_path / "latest").resolve() == run.path
     assert not (tmp_path / "latest").readlink().is_absolute()  # the folder can be moved
 
@@ -49,7 +50,7 @@ def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
 
 
 def test_runs_of_the_same_second_get_directories_of_their_own(tmp_path, config):
-    runs = [RunDirectory.create(tmp_path / "12-00-00", config) for _ in range(3)]
+    runs = [create_run(tmp_path / "12-00-00", config) for _ in range(3)]
     assert [run.path.name for run in runs] == ["12-00-00", "12-00-00-2", "12-00-00-3"]
     assert all(run.config.is_file() for run in runs)
 

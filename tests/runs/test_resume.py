@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from conftest import create_run
 
 import main as program
 from benchmarks.robustness import kills
@@ -17,6 +18,7 @@ from fedssl.runs.checkpoints import Checkpoint, save_checkpoint
 from fedssl.runs.directory import RunDirectory
 from fedssl.runs.metrics import RoundMetrics
 from fedssl.runs.resume import check_continuation, check_same, reopen, with_earlier_overrides
+from utils import continuation_of
 
 ROUNDS = [RoundMetrics(number, train_loss=1 / number) for number in (1, 2, 3)]
 STATE = {"weight": torch.ones(3)}
@@ -34,9 +36,9 @@ def compose(tmp_path, cache_dir):
 @pytest.fixture
 def stopped(tmp_path, compose):
     """A run of seven rounds that ended after three."""
-    run = RunDirectory.create(tmp_path / "run", compose(), ["model.stem=imagenet", "seed=0"])
+    run = create_run(tmp_path / "run", compose(), ["model.stem=imagenet", "seed=0"])
     for metrics in ROUNDS:
-        save_checkpoint(run.checkpoints, Checkpoint(metrics.round, STATE, {}, metrics), keep=3)
+        save_checkpoint(run.checkpoints, Checkpoint(metrics.round, STATE, metrics=metrics), keep=3)
         run.append_metrics(metrics)
     run._lock.close()
     return run
@@ -44,7 +46,9 @@ def stopped(tmp_path, compose):
 
 def go_on(compose, *overrides):
     said = []
-    run, checkpoint = reopen(compose("resume=latest", *overrides), None, [], said.append)
+    run, checkpoint = reopen(
+        continuation_of(compose("resume=latest", *overrides), None), [], said.append
+    )
     run._lock.close()
     return checkpoint, run.read_metrics(), said
 
@@ -90,7 +94,7 @@ def test_all_checkpoints_damaged_is_an_error(stopped, compose):
 
 
 def test_a_run_that_ended_before_its_first_round_starts_again(tmp_path, compose):
-    RunDirectory.create(tmp_path / "run", compose())._lock.close()
+    create_run(tmp_path / "run", compose())._lock.close()
     checkpoint, rounds, said = go_on(compose)
     assert (checkpoint, rounds) == (None, [])
     assert "no round was finished" in said[-1]
@@ -129,7 +133,7 @@ def test_a_run_that_is_done_and_evaluated_is_left_alone(stopped, compose):
 def test_other_images_are_refused(stopped, compose):
     save_checkpoint(stopped.checkpoints, Checkpoint(4, STATE, images="others"), keep=3)
     with pytest.raises(UserError, match="the images differ"):
-        check_continuation(compose("resume=latest"), stopped, None)
+        check_continuation(continuation_of(compose("resume=latest"), None))
 
 
 def test_a_run_that_is_still_going_on_is_refused(stopped, compose):
@@ -163,8 +167,8 @@ def test_neither_the_order_nor_the_number_at_a_time_changes_a_byte(tmp_path, com
     ends = []
     for at_a_time in (1, 5):
         config = compose(*kills.RUN, "num_clients=5", "num_rounds=1")
-        run = RunDirectory.create(tmp_path / f"{at_a_time}", config)
-        program.simulate(config, ClientResources(1, 0, 0, at_a_time), digits, run)
+        run = create_run(tmp_path / f"{at_a_time}", config)
+        program.train(config, ClientResources(1, 0, 0, at_a_time), digits, run)
         last = run.last_checkpoint().read_bytes()
         lines = [metrics.to_json() for metrics in run.read_metrics()]
         ends.append((last, kills.without_durations(lines)))
