@@ -48,8 +48,8 @@ def make_encoder(architecture="resnet18", stem="conv3x3_stride1", seed=0):
         return Encoder(EncoderSettings(architecture, stem, *STATISTICS))
 
 
-def make_simclr(seed=0, encoder=None, deep=(), temperature=0.5, hidden=64, size=32):
-    """Make a small SimCLR at the initialization that a seed gives."""
+def make_simclr(seed=0, encoder=None, deep=(), temperature=0.5, hidden=512, size=128):
+    """Make SimCLR with the default heads, at the initialization that a seed gives."""
     encoder = encoder or make_encoder(seed=seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -1,105 +1,26 @@
 """A client against messages as the server sends them, with and without Flower's mods."""
 
-import copy
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.app import Error, Message, RecordDict
 from flwr.clientapp.mod import LocalDpMod, adaptiveclipping_mod, fixedclipping_mod
 from flwr.supercore.differential_privacy import KEY_CLIPPING_NORM, KEY_NORM_BIT
-from samples import BACKEND, OPTIMIZER, SETTINGS, VIEWS, make_encoder, make_simclr
+from serving import NUM_CLIENTS, Server, make_moving, make_small
 
-from client import LOCAL, ClientConfig, ClientState, make_client_app
+from client import LOCAL
 from fedssl.federation.aggregation import arrays_for_strategy
 from fedssl.federation.guards import validate_replies
-from fedssl.federation.local_grid import LocalGrid
-from fedssl.federation.messages import BUFFERS, pack_tensors, read_state, split_state
-from fedssl.federation.nodes import Nodes, Patience
+from fedssl.federation.messages import pack_tensors, read_state
 from fedssl.methods.base import local_arrays
 from fedssl.networks.state import load_state
-from fedssl.training.schedule import Schedule
-from model import SimCLR
-
-NUM_CLIENTS = 2
-PARTITIONS = [np.arange(24), np.arange(24, 48)]
-
-
-class MovingHead(SimCLR):
-    """SimCLR with a slow copy of its projection head, which stays with the client."""
-
-    def __init__(self, encoder):
-        super().__init__(encoder, 0.5, 16, 8)
-        self.target = copy.deepcopy(self.projection_head).requires_grad_(False)
-
-    @torch.no_grad()
-    def after_step(self, progress):
-        pairs = zip(self.target.parameters(), self.projection_head.parameters(), strict=True)
-        for slow, fast in pairs:
-            slow.lerp_(fast, 0.1)
-
-    def local_names(self):
-        return frozenset(f"target.{name}" for name in self.target.state_dict())
-
-
-def identify(context):
-    number = int(context.node_config["partition-id"])
-    return ClientConfig("", number, NUM_CLIENTS, standalone=False)
-
-
-class Server:
-    """What of the server asks clients: a global model, its nodes, its requests."""
-
-    def __init__(self, method, pixels, mods=()):
-        self.method = method
-        self.names = arrays_for_strategy(method, "parameters")
-        settings = replace(SETTINGS, batch_size=8, max_steps=2)
-        state = ClientState(
-            pixels,
-            PARTITIONS,
-            copy.deepcopy(method),
-            BACKEND,
-            VIEWS,
-            Schedule(4, 8, train_resolutions=[8]),
-            replace(settings, optimizer=replace(OPTIMIZER, learning_rate=0.5)),
-            seed=0,
-            held_out=0.25,
-            first_local=local_arrays(method),
-        )
-        self.state = state
-        self.grid = LocalGrid(make_client_app(identify, mods, lambda client: state), NUM_CLIENTS)
-        self.nodes = Nodes(self.grid, Patience(NUM_CLIENTS, 0, 60))
-        self.nodes.wait_for_clients()
-
-    def ask(self, kind="train", number=1, names=None, **settings):
-        """Send the global model to all; give the replies."""
-        names = self.names if names is None else names
-        arrays, buffers = split_state(self.method.shared_state(), names)
-        given = {"server-round": number, BUFFERS: pack_tensors(buffers), **settings}
-        content = RecordDict({"arrays": arrays, "config": ConfigRecord(given)})
-        nodes = self.nodes.get_node_ids()
-        return self.nodes.send_and_receive([Message(content, node, kind) for node in nodes])
-
-    def updates(self, answers, names=None):
-        """Give the updates that the guards let through, which are all."""
-        names = self.names if names is None else names
-        expected = self.method.shared_state()
-        updates, failures = validate_replies(answers, self.nodes.partition_of, expected, names)
-        assert failures == []
-        return updates
-
-    def norm(self, update):
-        """Measure how far an update moved what the strategy acts on."""
-        start = self.method.state_dict()
-        return sum(float((update.state[n] - start[n]).square().sum()) for n in self.names) ** 0.5
 
 
 @pytest.fixture
 def serve(digits):
     """Make a server and clients with some of the digits."""
     pixels = np.array(digits.train.pixels[:48])
-    return lambda method=None, mods=(): Server(method or make_simclr(), pixels, mods)
+    return lambda method=None, mods=(): Server(method or make_small(), pixels, mods)
 
 
 def test_clients_tell_their_partitions(serve):
@@ -244,8 +165,7 @@ def test_a_mod_that_refuses_is_the_clients_failure(serve):
 
 @pytest.fixture
 def moving(serve):
-    torch.manual_seed(0)
-    return serve(MovingHead(make_encoder()))
+    return serve(make_moving())
 
 
 def kept(server, node):
@@ -268,7 +188,7 @@ def test_local_arrays_stay_with_each_client_and_never_travel(moving):
 
 def test_a_clients_second_round_begins_with_what_it_kept(moving):
     moving.ask(number=1)
-    expected = MovingHead(make_encoder())
+    expected = make_moving()
     load_state(expected, {**moving.method.shared_state(), **kept(moving, 1)})
     loaded = []
     original = moving.state.method.loss
@@ -293,8 +213,7 @@ def test_an_evaluation_uses_what_a_client_kept_and_leaves_it(moving):
 def test_the_order_in_which_clients_are_asked_does_not_matter(serve):
     results = []
     for order in ([1, 2], [2, 1]):
-        torch.manual_seed(0)
-        server = serve(MovingHead(make_encoder()))
+        server = serve(make_moving())
         for number in (1, 2):
             request = server.nodes.get_node_ids
             server.nodes.get_node_ids = lambda order=order: order

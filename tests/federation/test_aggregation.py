@@ -194,10 +194,8 @@ def test_averages_are_weighted_by_samples_whoever_makes_them(play):
     for name in [*NAMES, "bn.running_var"]:
         stack = torch.stack([update.state[name] for update in updates])
         torch.testing.assert_close(result[name], torch.tensordot(weights, stack, dims=1))
-    count = float(
-        sum(w * u.state["bn.num_batches_tracked"] for w, u in zip(weights, updates, strict=True))
-    )
-    assert int(result["bn.num_batches_tracked"]) == round(count)
+    counts = torch.tensor([float(update.state["bn.num_batches_tracked"]) for update in updates])
+    assert int(result["bn.num_batches_tracked"]) == round(float(weights @ counts))
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

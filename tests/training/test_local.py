@@ -88,8 +88,8 @@ def rates(rate, name="sgd"):
 
 
 def test_training_lowers_the_loss_of_unseen_images(held_out, train):
-    trained, result = train(count=192, local_epochs=3)
-    assert result.images == 3 * 192
+    trained, result = train(count=192, local_epochs=4)
+    assert result.images == 4 * 192
     assert result.images_per_second > 0
     (before, _), (after, _) = (held_out(method) for method in (make_simclr(), trained))
     assert after < before - 0.1
@@ -217,7 +217,7 @@ def test_the_evaluation_loss_is_repeatable_and_leaves_no_trace(held_out):
 def test_the_evaluation_measures_the_representation(held_out):
     _, found = held_out(make_simclr())
     assert found.keys() == {"alignment", "uniformity", "effective-rank"}
-    assert 1 < found["effective-rank"] <= 32
+    assert 1 < found["effective-rank"] <= 128  # the projections' size
 
 
 def test_a_last_batch_of_one_image_joins_its_neighbour(held_out):
