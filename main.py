@@ -102,11 +102,25 @@ def train(
     with RoundProgress(config.num_rounds, done, config.quiet) as progress:
 
         def serve(grid: Grid, stop: Event) -> None:
-            follow = {"on_progress": progress.follow, "checkpoint": checkpoint, "stop": stop}
-            run_rounds(config, grid, run, image_set, progress.show, **follow)
+            run_rounds(
+                config,
+                grid,
+                run,
+                image_set,
+                progress.show,
+                checkpoint=checkpoint,
+                on_progress=progress.follow,
+                stop=stop,
+            )
 
         clients = clients or make_client_app(simulated(config))
         simulate(serve, clients, config.num_clients, resources)
+
+
+def title_of(config: DictConfig) -> str:
+    """Name the method, the clients, the rounds and the strategy in a line."""
+    clients, rounds = f"{config.num_clients} clients", f"{config.num_rounds} rounds"
+    return f"Federated {name_of(config.method)}: {clients}, {rounds} of {name_of(config.strategy)}"
 
 
 def describe(
@@ -142,11 +156,7 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
         names = name_some(image_set.unreadable)
         report(f"{WARNING}{len(image_set.unreadable)} unreadable files left out: {names}")
     if not config.quiet:
-        rounds = f"{config.num_clients} clients, {config.num_rounds} rounds of {name_of(config.strategy)}"
-        print_opening(
-            f"Federated {name_of(config.method)}: {rounds}",
-            describe(config, resources, image_set, its),
-        )
+        print_opening(title_of(config), describe(config, resources, image_set, its))
     go_on = f"go on with: python main.py resume={show_path(its.path)}"
     try:
         train(config, resources, image_set, its, checkpoint)

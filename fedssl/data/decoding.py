@@ -33,16 +33,19 @@ def decode(data: bytes | Path | np.ndarray, image_size: int) -> np.ndarray | Non
         None where the image can't be read.
     """
     try:
-        opened = Image.fromarray(data) if isinstance(data, np.ndarray) else None
-        if opened is None:
-            opened = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
-        with opened as image:
+        with _open(data) as image:
             rgb = ImageOps.exif_transpose(to_rgb(image))
             if rgb.size != (image_size, image_size):
                 rgb = ImageOps.fit(rgb, (image_size, image_size), Image.Resampling.BILINEAR)
             return np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None  # PIL raises any of these on broken files
+
+
+def _open(data: bytes | Path | np.ndarray) -> Image.Image:
+    if isinstance(data, np.ndarray):
+        return Image.fromarray(data)
+    return Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -63,7 +63,8 @@ def _read_parts(file: Path) -> list[np.ndarray] | None:
         return None
     checksum = arrays.pop(CHECKSUM, None)
     parts = [arrays[name] for name in sorted(arrays)]
-    return parts if np.array_equal(checksum, _checksum(parts)) else None
+    intact = checksum is not None and np.array_equal(checksum, _checksum(parts))
+    return parts if intact else None
 
 
 def _checksum(parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -121,8 +122,14 @@ def partition_rows(
 
 
 def count_classes(image_set: ImageSet, parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Count the images of each class in each part, int64 (parts, classes)."""
+    """Count the images of each class in each part, int64 (parts, classes).
+
+    Raises:
+        ValueError: the images have no labels.
+    """
     labels, classes = image_set.train.labels, len(image_set.class_names)
+    if labels is None:
+        raise ValueError("these images have no labels")
     return np.stack([np.bincount(labels[rows], minlength=classes) for rows in parts])
 
 

@@ -113,7 +113,7 @@ class Augmentation:
 
 def make_augmentation(spec: Mapping[str, Any], output_size: int) -> Augmentation:
     """Build the views of the `augment` section."""
-    values = {
+    values: dict[str, Any] = {
         key: value if isinstance(value, int | float) else tuple(value)
         for key, value in spec.items()
     }

@@ -49,7 +49,8 @@ class Picture:
     @property
     def data(self) -> str:
         """The file as a data URI."""
-        return f"data:image/png;base64,{b64encode(self.file.read_bytes()).decode()}"
+        data = self.file.read_bytes() if self.file else b""
+        return f"data:image/png;base64,{b64encode(data).decode()}"
 
 
 @dataclass(frozen=True)
@@ -280,8 +281,8 @@ def picture_partitions(
     draw_partitions(counts, image_set.class_names, file)
     return Picture(
         title,
-        f"{counts.sum():,} training images, dealt out to {len(parts)} clients by {facts.partitioner}. "
-        "Training does not look at the labels.",
+        f"{counts.sum():,} training images, dealt out to {len(parts)} clients by "
+        f"{facts.partitioner}. Training does not look at the labels.",
         file,
     )
 

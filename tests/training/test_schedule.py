@@ -1,5 +1,7 @@
 """What changes over the rounds."""
 
+from itertools import pairwise
+
 import pytest
 
 from fedssl.training.schedule import RoundPlan, Schedule, cosine
@@ -37,7 +39,7 @@ def test_images_are_never_enlarged():
 def test_rounds_are_whole_unless_told_otherwise():
     plans = [Schedule(4, 32).plan(number) for number in range(1, 5)]
     edges = [0.0, 0.25, 0.5, 0.75, 1.0]
-    expected = [RoundPlan(1.0, *ends) for ends in zip(edges, edges[1:], strict=False)]
+    expected = [RoundPlan(1.0, *ends) for ends in pairwise(edges)]
     assert plans == expected
 
 

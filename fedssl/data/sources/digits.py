@@ -29,8 +29,9 @@ class DigitsSource(Source):
         """Refuse a folder, which would be left unread.
 
         Raises:
-            UserError: there is one.
+            UserError: one is given.
         """
+        super().check()
         if self.path:
             raise UserError(
                 f"dataset.path={self.path}: the digits come with scikit-learn, not from a "

@@ -27,6 +27,8 @@ def test_without_a_share_all_digits_are_for_training(cache_dir):
     assert source.fingerprint(0) == source.fingerprint(1)
 
 
-def test_a_folder_that_would_be_left_unread_is_refused():
-    with pytest.raises(UserError, match=r"dataset\.path=photos.*dataset=imagefolder"):
-        DigitsSource(name="digits", path="photos", test_fraction=0.2).check()
+def test_a_folder_that_would_be_left_unread_is_refused(pets):
+    with pytest.raises(UserError, match=r"dataset\.path=/.*dataset=imagefolder"):
+        DigitsSource(name="digits", path=str(pets), test_fraction=0.2).check()
+    with pytest.raises(UserError, match="no such folder"):
+        DigitsSource(name="digits", path="nowhere", test_fraction=0.2).check()
