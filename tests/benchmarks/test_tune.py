@@ -10,7 +10,8 @@ from fedssl.config.compose import load_config
 from utils import open_images
 
 TINY = ["num_clients=2", "num_rounds=2", "precision=float32", "model.stem=imagenet"]
-TINY += ["optimizer=sgd", "train.batch_size=16", "train.max_steps=3", "train.round_fractions=[1]"]
+TINY += ["optimizer=sgd", "train.batch_size=8", "train.max_steps=3", "train.round_fractions=[1]"]
+TINY += ["eval.epochs=1"]
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def test_a_trial_is_recorded_and_the_term_of_fedprox_reaches_the_clients(trial):
     free, held = (trial("strategy=fedprox", f"strategy.proximal_mu={mu}") for mu in (0, 1))
     keys = ["overrides", "losses", "images", "train_s", "by_pixels", "measured"]
     assert list(free) == keys
-    assert free["images"] == held["images"] == 2 * 2 * 3 * 16  # rounds, clients, steps, batch
+    assert free["images"] == held["images"] == 2 * 2 * 3 * 8  # rounds, clients, steps, batch
     assert len(free["losses"]) == 2
     assert set(free["by_pixels"]["8"]) == {"linear_head", "knn"}
     assert free["losses"] != held["losses"]
