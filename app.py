@@ -16,13 +16,13 @@ from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from client import ClientConfig, make_client_app
 from fedssl.config.compose import load_config
 from fedssl.config.moved import modernize_overrides
 from fedssl.errors import UserError
-from utils import open_images, open_run, open_source, run_rounds
+from utils import open_images, open_run, open_source, read_config, run_rounds
 
 DEFAULTS = ["num_clients=2"]
 HALVES = {"client1": 0, "client2": 1}
@@ -96,7 +96,7 @@ def main(grid: Grid, context: Context) -> None:
     # Imported here: on SuperNodes every message starts a process that imports this module.
     from fedssl.reporting.log import log_round
 
-    config: DictConfig = OmegaConf.create(config_text(context))
+    config = read_config(config_text(context))
     overrides, notices = modernize_overrides(overrides_of(context))
     for notice in notices:
         log.info(notice)

@@ -34,8 +34,10 @@ from utils import (
     build_train_settings,
     build_views,
     open_client_images,
+    read_config,
 )
 
+Metrics = dict[str, int | float | list[int] | list[float]]  # as Flower has them
 LOCAL = "method-arrays"  # what a method keeps with its client, in Flower's `context.state`
 
 
@@ -92,7 +94,7 @@ class ClientState:
 @functools.lru_cache(maxsize=1)
 def load_client(config_text: str, num_partitions: int, data_path: str | None) -> ClientState:
     """Open the images and build the model once per process, for all its clients."""
-    config = OmegaConf.create(config_text)
+    config = read_config(config_text)
     if config.num_cpus:
         torch.set_num_threads(config.num_cpus)
     backend = choose_backend(config.precision, config.num_gpus)
@@ -175,11 +177,11 @@ def query_reply(
 ) -> Message:
     """Answer which partition this client holds, once its images are open, intact and enough."""
     if client.standalone:
-        config = OmegaConf.create(client.config_text)
+        config = read_config(client.config_text)
         open_client_images(config, client.num_partitions, client.data_path, verify=True)
     state.rows_of(client)
-    metrics = {"partition-id": client.partition}
-    return Message(RecordDict({METRICS: MetricRecord(metrics)}), reply_to=message)
+    metrics = MetricRecord({"partition-id": client.partition})
+    return Message(RecordDict({METRICS: metrics}), reply_to=message)
 
 
 def train_reply(
@@ -201,7 +203,7 @@ def train_reply(
     )
     release_memory()  # before the weights are copied into the reply
     _keep_local(state, context)
-    metrics = {
+    metrics: Metrics = {
         "partition-id": client.partition,
         "num-examples": len(rows),
         "train-loss": result.loss,
@@ -228,8 +230,8 @@ def evaluate_reply(
         generator=generator_for(state.seed, "evaluate", client.partition),
         backend=state.backend,
     )
-    metrics = {"partition-id": client.partition, "num-examples": len(rows), "eval-loss": loss}
-    metrics |= representation
+    metrics: Metrics = {"partition-id": client.partition, "num-examples": len(rows)}
+    metrics |= {"eval-loss": loss, **representation}
     return Message(RecordDict({METRICS: MetricRecord(metrics)}), reply_to=message)
 
 
@@ -243,7 +245,7 @@ def _load_model(state: ClientState, message: Message, context: Context) -> tuple
     kept = context.state.array_records.get(LOCAL)
     local = kept.to_torch_state_dict() if kept else state.first_local
     load_state(state.method, {**read_state(message.content), **local})
-    return int(request["server-round"]), float(request.get("proximal-mu", 0.0))
+    return int(str(request["server-round"])), float(str(request.get("proximal-mu", 0.0)))
 
 
 def _keep_local(state: ClientState, context: Context) -> None:

@@ -102,8 +102,16 @@ def train(
     with RoundProgress(config.num_rounds, done, config.quiet) as progress:
 
         def serve(grid: Grid, stop: Event) -> None:
-            follow = {"on_progress": progress.follow, "checkpoint": checkpoint, "stop": stop}
-            run_rounds(config, grid, run, image_set, progress.show, **follow)
+            run_rounds(
+                config,
+                grid,
+                run,
+                image_set,
+                progress.show,
+                checkpoint=checkpoint,
+                on_progress=progress.follow,
+                stop=stop,
+            )
 
         clients = clients or make_client_app(simulated(config))
         simulate(serve, clients, config.num_clients, resources)

@@ -62,6 +62,13 @@ def plain(section: DictConfig) -> Any:
     return OmegaConf.to_container(section, resolve=True)
 
 
+def read_config(text: str) -> DictConfig:
+    """Read a configuration that travelled as YAML."""
+    config = OmegaConf.create(text)
+    assert isinstance(config, DictConfig)
+    return config
+
+
 def name_of(section: DictConfig) -> str:
     """Name the class that a section builds, without its modules."""
     return str(section._target_).rpartition(".")[2]
@@ -158,7 +165,7 @@ def build_method(config: DictConfig, device: torch.device) -> Method:
         except InstantiationException as error:
             reason = str(error.__cause__ or error).splitlines()[0]
             raise UserError(f"method: {reason}") from error
-    return method.to(device, memory_format=torch.channels_last)
+    return method.to(device).to(memory_format=torch.channels_last)
 
 
 def build_schedule(config: DictConfig) -> Schedule:

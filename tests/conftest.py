@@ -10,6 +10,8 @@ import subprocess
 import termios
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # tests share few cores: waiting must cost none
+
 import numpy as np
 import pytest
 import torch

@@ -20,6 +20,7 @@ from fedssl.errors import UserError
 from fedssl.federation.guards import check_steps, read_update
 from fedssl.federation.messages import pack_state
 from fedssl.runs.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from fedssl.runs.metrics import RoundMetrics
 
 TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
 CASES = settings(
@@ -30,7 +31,7 @@ CONFIGURATIONS = settings(CASES, max_examples=int(os.environ.get("FUZZ_CONFIGURA
 KEYS = sorted(flatten(load_config("config", [])))
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "n": torch.tensor(3)}
 MEMORY = {"m|dict|00000|a": np.arange(6.0)}
-ROW = {"round": 1, "train_loss": 0.5}
+METRICS = RoundMetrics(1, train_loss=0.5)
 
 texts = st.text(max_size=12)
 numbers = st.one_of(st.integers(), st.floats(), st.sampled_from([0, -1, 1e308, -1e-308, 2**63]))
@@ -67,7 +68,7 @@ def test_any_configuration_is_refused_in_a_line_or_sound(pairs):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
-    save_checkpoint(folder, Checkpoint(1, STATE, MEMORY, ROW), keep=1)
+    save_checkpoint(folder, Checkpoint(1, STATE, MEMORY, METRICS), keep=1)
     return {file: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
@@ -104,7 +105,7 @@ def test_any_damage_to_a_checkpoint_is_refused_or_harmless(saved, which, change)
         assert "\n" not in refusal
         return
     assert loaded.round == 1
-    assert loaded.row == ROW
+    assert loaded.metrics == METRICS
     assert torch.equal(loaded.state["a"], STATE["a"])
     assert np.array_equal(loaded.server["m|dict|00000|a"], MEMORY["m|dict|00000|a"])
 

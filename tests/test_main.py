@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, in_terminal
+from conftest import ROOT, in_terminal, screen
 from ray.cluster_utils import Cluster
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -80,7 +80,7 @@ def test_the_ending_says_where_everything_lies_and_what_is_next(finished):
     output, done = finished
     run = (output / "latest").resolve()
     assert f"Everything is in {run}" in done.stdout
-    assert "python test.py mode=finetune" in done.stdout
+    assert "python test.py eval=finetune" in done.stdout
 
 
 def test_every_promised_file_is_there(finished):
@@ -326,13 +326,16 @@ def test_a_terminal_shows_the_clients_of_a_round_and_bold_is_the_headline_alone(
     assert re.search(
         r"round 1/1 \|.*\| [12]/2 clients trained, [\d,]+ images/s, \d\d:\d\d left", text
     )
-    lines = re.sub(r"\x1b\[\w+", "", text).replace(str(tmp_path), "").splitlines()
-    assert max(map(len, lines)) <= 80
-    bold = re.findall(r"\x1b\[1m(.*?)\x1b\[0m", text)
+    drawn = re.sub(r"\x1b\[[?\d;]*\w", "", text).replace(str(tmp_path), "")
+    assert max(map(len, re.split(r"[\r\n]", drawn))) <= 80
+    bold = [line for line in text.splitlines() if "\x1b[1m" in line]
     assert len(bold) == 1
     assert "federated SimCLR" in bold[0]
-    last = [line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").split("\n")]
+    assert re.sub(r"\x1b\[1m.*?\x1b\[0m", "", bold[0]).strip() == ""
+    last = screen(text)
+    assert any(line.startswith("      1/1 ") for line in last)
     assert not any("clients" in line and "|" in line for line in last)  # the bar is gone
+    assert not any("so far" in line for line in last)
     for noise in ("WARN", "INFO", "Deprecat"):
         assert noise not in text
 

@@ -154,8 +154,8 @@ def try_recipe(config: DictConfig, images: Images, resolutions: list[int]) -> di
     """Train all rounds and score; give the losses, images and seconds too."""
     parts, labelled, held = split_images(images, config)
     backend = choose_backend(config.precision)
-    with tempfile.TemporaryDirectory() as config.output_dir:  # nobody needs the run's files
-        run = RunDirectory.create(Path(config.output_dir, "run"), config)
+    with tempfile.TemporaryDirectory() as folder:  # nobody needs the run's files
+        run = RunDirectory.create(Path(folder, "run"), plain(config), folder)
         encoder, rounds = train(config, open_clients(config, images, parts, backend), run)
     scored = (images, labelled, held, config, backend)
     return {

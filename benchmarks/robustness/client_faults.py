@@ -19,6 +19,7 @@ from fedssl.config.compose import load_config
 from fedssl.federation.messages import ARRAYS, BUFFERS, METRICS, PACKED, pack_arrays, unpack_arrays
 from fedssl.runs.directory import RunDirectory
 from fedssl.runs.metrics import RoundMetrics
+from utils import plain
 
 FAULTY = 1  # the partition that misbehaves
 TIMEOUT_S = 60.0
@@ -157,7 +158,7 @@ def try_clients(folder: Path) -> list[dict[str, str]]:
     config = load_config("config", [*SMALL, *places, *limits])
     resources, image_set = program.prepare(config)
     config.num_cpus, config.num_gpus = resources.num_cpus, resources.num_gpus
-    run = RunDirectory.create(folder / "clients", config)
+    run = RunDirectory.create(folder / "clients", plain(config), config.output_dir)
     clients = FaultyClientApp(make_client_app(simulated(config)))
     program.train(config, resources, image_set, run, clients=clients)
     done = run.read_metrics()

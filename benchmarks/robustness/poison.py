@@ -22,7 +22,7 @@ from fedssl.config.compose import load_config
 from fedssl.federation.messages import ARRAYS
 from fedssl.runs.directory import RunDirectory
 from fedssl.runs.provenance import provenance
-from utils import evaluate_run
+from utils import evaluate_run, plain
 
 HOSTILE = 1
 UNGUARDED = ["max_update_ratio=null"]
@@ -64,7 +64,9 @@ def run_once(folder: Path, overrides: list[str], factor: float) -> dict:
     config = load_config("config", [*places, *overrides])
     resources, image_set = program.prepare(config)
     config.num_cpus, config.num_gpus = resources.num_cpus, resources.num_gpus
-    run = RunDirectory.create(folder / f"run{len(list(folder.iterdir()))}", config)
+    run = RunDirectory.create(
+        folder / f"run{len(list(folder.iterdir()))}", plain(config), config.output_dir
+    )
     clients = make_client_app(simulated(config), mods=[make_mod(factor)] if factor else [])
     program.train(config, resources, image_set, run, clients=clients)
     evaluate_run(run, config, config.eval, image_set, run.last_checkpoint())

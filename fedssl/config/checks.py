@@ -9,6 +9,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from fedssl.config.fields import OWN_WORDS, Section, key_of, nearest
+from fedssl.config.options import model_of_option
 from fedssl.config.schema import GROUPS, PROGRAMS
 from fedssl.errors import UserError
 
@@ -79,7 +80,8 @@ def _sections(
 ) -> Iterator[tuple[str, type[Section], Mapping[str, Any]]]:
     """Take settings apart: the prefix of the keys, the schema and the values of each section."""
     plan = PROGRAMS[program]
-    groups = [*plan.groups, *([plan.optional] if plan.optional in settings else [])]
+    optional = [plan.optional] if plan.optional and plan.optional in settings else []
+    groups = [*plan.groups, *optional]
     top = {key: value for key, value in settings.items() if key not in groups}
     if plan.at_top:
         model = _model_of(plan.at_top, top, "")
@@ -102,9 +104,10 @@ def _model_of(group: str, section: Mapping[str, Any], prefix: str) -> type[Secti
         UserError: it belongs to no option of the group.
     """
     plan = GROUPS[group]
-    model = plan.model_of(section)
+    model, told = plan.model_of(section), section.get(plan.told_by)
+    if model is None and plan.told_by == "_target_":
+        model = model_of_option(group, str(told))
     if model is None:
-        told = section.get(plan.told_by)
         hint = nearest(str(told), plan.models)
         raise UserError(f"{prefix}{plan.told_by}={told}: {hint}")
     return model

@@ -84,10 +84,10 @@ def jobs_of(arguments: Sequence[str]) -> list[list[str]]:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except HydraException as error:
         raise UserError(f"not an override: {str(error).splitlines()[0]}") from error
-    choices = [
+    choices: list[list[str]] = [
         [f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()]
         if item.is_sweep_override()
-        else [item.input_line]
+        else [str(item.input_line)]
         for item in parsed
     ]
     return [list(job) for job in product(*choices)]

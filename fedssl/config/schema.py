@@ -16,7 +16,7 @@ from fedssl.config.fields import Partitions, Section, layout_of
 from fedssl.config.sections import LARGEST_SEED
 
 Precision = Literal["auto", "float32", "bfloat16"]
-PRECISION = Field(default="auto", description="auto, float32 or bfloat16")
+PRECISION: Any = Field(default="auto", description="auto, float32 or bfloat16")
 CACHE_DIR = Field(default="~/.cache/federated-simclr", description="decoded images")
 RUN = "outputs/latest"
 

@@ -56,7 +56,7 @@ class Score:
 
     def to_json(self) -> dict[str, Any]:
         """Write it as a row of results.json."""
-        row = {"encoder": self.encoder, "method": self.method, "top1": self.top1}
+        row: dict[str, Any] = {"encoder": self.encoder, "method": self.method, "top1": self.top1}
         row |= {"mean": self.mean, "std": self.std}
         if self.metric != TOP1:
             row["metric"] = self.metric

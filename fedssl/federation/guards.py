@@ -86,7 +86,6 @@ def read_update(
     """
     wanted = EVALUATED if expected is None else TRAINED
     metrics = _read_metrics(reply.content, wanted)
-    _check_records(reply.content, training=expected is not None)
     num_examples = metrics["num-examples"]
     if num_examples != int(num_examples) or not 1 <= num_examples <= MAX_EXAMPLES:
         raise ValueError(f"num-examples is {num_examples:g}")
@@ -96,6 +95,7 @@ def read_update(
         check_state(state, expected)
         if names is not None and list(reply.content[ARRAYS]) != list(names):
             raise ValueError("its arrays are not those of the request, in their order")
+    _check_records(reply.content, training=expected is not None)
     return Update(partition, int(num_examples), metrics, state, reply)
 
 
@@ -130,7 +130,7 @@ def reject_odd_metrics(updates: Sequence[Update]) -> tuple[list[Update], list[Fa
         odd = min(names ^ usual)
         lack = "have" if odd in names else "lack"
         failures.append(
-            Failure(update.partition, f"its metrics {lack} {odd}, unlike most clients'")
+            Failure(update.partition, f"its metrics {lack} {odd}, unlike those of most clients")
         )
     return kept, failures
 

@@ -130,7 +130,7 @@ class Nodes:
                 if answer.absent:
                     continue  # gone again
                 raise RuntimeError(f"a client can't take part: {answer.failure}")
-            partition = int(answer.reply.content[METRICS]["partition-id"])
+            partition = int(str(answer.reply.content.metric_records[METRICS]["partition-id"]))
             if partition in held:
                 raise RuntimeError(
                     f"two nodes hold partition {partition}; give each its own partition-id"

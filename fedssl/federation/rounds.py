@@ -4,16 +4,16 @@ import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, cast
 
 from flwr.app import ConfigRecord, Message, MessageType
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedssl.data.cache import name_some
 from fedssl.federation.aggregation import ActsOn, aggregate, arrays_for_strategy
 from fedssl.federation.guards import (
-    REPRESENTATION,
     Update,
     client_metrics,
     count_images,
@@ -136,13 +136,14 @@ class Federation:
         encoder, monitor = self.method.encoder, self.monitor
         knn = monitor.accuracy(encoder, round_number) if monitor else None
         ended = time.perf_counter()
-        means = {name: weighted_mean(evaluations, name) for name in REPRESENTATION}
         metrics = RoundMetrics(
             round=round_number,
             train_loss=weighted_mean(updates, "train-loss"),
             eval_loss=weighted_mean(evaluations, "eval-loss"),
             knn=knn,
-            **{name.replace("-", "_"): value for name, value in means.items()},
+            alignment=weighted_mean(evaluations, "alignment"),
+            uniformity=weighted_mean(evaluations, "uniformity"),
+            effective_rank=weighted_mean(evaluations, "effective-rank"),
             seconds=round(ended - began, 3),
             seconds_train=round(trained - began, 3),
             seconds_evaluate=round(evaluated - trained, 3),
@@ -181,7 +182,8 @@ class Federation:
             if kind == MessageType.TRAIN
             else self.strategy.configure_evaluate
         )
-        messages = list(configure(round_number, arrays, request, self.nodes))
+        grid = cast(Grid, self.nodes)  # strategies ask it for nothing but node ids
+        messages = list(configure(round_number, arrays, request, grid))
         packed = pack_tensors(buffers)
         for message in messages:
             message.content.config_records[CONFIG][BUFFERS] = packed

@@ -29,7 +29,8 @@ class Conv3x3(nn.Conv2d):
     @classmethod
     def of(cls, conv: nn.Conv2d) -> "Conv3x3":
         """Take over a convolution and its weights."""
-        new = cls(conv.in_channels, conv.out_channels, 3, conv.stride, 1, bias=False)
+        stride = conv.stride[0], conv.stride[1]
+        new = cls(conv.in_channels, conv.out_channels, 3, stride, 1, bias=False)
         new.weight = conv.weight
         return new
 
@@ -115,9 +116,9 @@ def minimal_filtering(side: int, dtype: torch.dtype) -> Filtering:
         ValueError: another side than 2 or a multiple of 3 or 4.
     """
     if side == 2:
-        values, taps = [[1, 1], [0, 1], [1, 0]], [[0, 1, 0], [0, -1, 1], [1, -1, 0]]
-        outputs = [[1, 1, 0], [1, 0, 1]]
-        return Filtering(*(torch.tensor(m, dtype=dtype) for m in (values, taps, outputs)), 1, 3)
+        values = torch.tensor([[1, 1], [0, 1], [1, 0]], dtype=dtype)
+        taps = torch.tensor([[0, 1, 0], [0, -1, 1], [1, -1, 0]], dtype=dtype)
+        return Filtering(values, taps, torch.tensor([[1, 1, 0], [1, 0, 1]], dtype=dtype), 1, 3)
     if side % 3 and side % 4:
         raise ValueError(f"no filtering for a side of {side}, only for 2 and multiples of 3 and 4")
     tile = 4 if side % 4 == 0 else 3
@@ -131,8 +132,10 @@ def minimal_filtering(side: int, dtype: torch.dtype) -> Filtering:
         padded[rows, begin : begin + products] = values / scale
     taps = evaluate(3, products) * scale
     outputs = torch.block_diag(*[evaluate(tile, products).T] * tiles)
-    matrices = (padded[:, 1:-1], taps, outputs)
-    return Filtering(*(m.to(dtype).contiguous() for m in matrices), tiles, products)
+    values, taps, outputs = (
+        matrix.to(dtype).contiguous() for matrix in (padded[:, 1:-1], taps, outputs)
+    )
+    return Filtering(values, taps, outputs, tiles, products)
 
 
 def evaluate(coefficients: int, points: int | None = None) -> Tensor:

@@ -51,6 +51,7 @@ class Encoder(ResNet):
 
     mean: Tensor
     std: Tensor
+    feature_size: int
 
     def __init__(self, settings: EncoderSettings) -> None:
         """Build it at random initialization.
@@ -65,7 +66,7 @@ class Encoder(ResNet):
             raise ValueError(f"unknown stem {settings.stem!r}, known: {', '.join(STEMS)}")
         super().__init__(*BLOCKS[settings.architecture])
         self.settings = settings
-        self.feature_size = self.fc.in_features
+        self.feature_size = 512 * BLOCKS[settings.architecture][0].expansion
         self.fc: nn.Module = nn.Identity()
         if settings.stem != "imagenet":
             stride = 1 if settings.stem == "conv3x3_stride1" else 2

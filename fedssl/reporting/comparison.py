@@ -88,7 +88,7 @@ def gather(runs: Sequence[RunDirectory]) -> tuple[pd.DataFrame, list[str], list[
         else:
             empty.append(run)
     every = pd.DataFrame([settings for settings, _ in rows])
-    differing = [key for key in every if key != SEED and _tells(key, every)]
+    differing = [key for key in map(str, every) if key != SEED and _tells(key, every)]
     frame = every[[*differing, SEED]] if rows else every
     return pd.concat([frame, pd.DataFrame([s for _, s in rows])], axis=1), differing, empty
 
@@ -108,8 +108,8 @@ def summarize(frame: pd.DataFrame, settings: Sequence[str]) -> pd.DataFrame:
         A row a setting, with columns (score, "mean"), (score, "std") and
         ("runs", ""); the sample standard deviation is NaN for a single run.
     """
-    scores = [column for column in frame if column not in (*settings, SEED)]
-    keys = list(settings) or [lambda _: "all"]
+    scores = [column for column in map(str, frame) if column not in (*settings, SEED)]
+    keys: Any = list(settings) or [lambda _: "all"]
     groups = frame.groupby(keys, dropna=False, sort=True)
     table = groups[scores].agg(["mean", "std"])
     table.insert(0, ("runs", ""), groups.size())
@@ -118,9 +118,9 @@ def summarize(frame: pd.DataFrame, settings: Sequence[str]) -> pd.DataFrame:
 
 def to_markdown(table: pd.DataFrame) -> str:
     """Write a summary as a Markdown table, `mean ± std` in a cell."""
-    settings = [name for name in table.index.names if name]
-    scores = [name for name in table.columns.levels[0] if name != "runs"]
-    scores.sort(key=lambda name: [column for column, _ in table.columns].index(name))
+    settings = [str(name) for name in table.index.names if name]
+    columns: Any = table.columns  # pairs of a score and what is told of it
+    scores = list(dict.fromkeys(name for name, _ in columns if name != "runs"))
     head = [*map(_title, settings), "runs", *scores]
     lines = [_line(head), _line(["---"] * len(head))]
     for index, row in table.iterrows():
@@ -146,7 +146,7 @@ def _short(value: Any) -> str:
     return text.rpartition(".")[2].removesuffix("Partitioner") if is_target else text
 
 
-def _mean_and_std(mean: float, std: float) -> str:
+def _mean_and_std(mean: Any, std: Any) -> str:
     if pd.isna(mean):
         return ""
     return f"{mean:.1f}" if pd.isna(std) else f"{mean:.1f} ± {std:.1f}"

@@ -65,7 +65,9 @@ class Waiting:
 
     def render(self) -> Text:
         """Draw the line, as often as it is shown."""
-        return _one_line("  ", self.spinner.render(time.monotonic()), f" {self.describe()}")
+        spinner = self.spinner.render(time.monotonic())
+        assert isinstance(spinner, Text)  # one without a text of its own
+        return _one_line("  ", spinner, f" {self.describe()}")
 
 
 class RoundProgress(Waiting):
@@ -245,7 +247,7 @@ def print_ending(run_path: Path, output_dir: Path, labelled: bool) -> None:
     if labelled:
         commands = {
             "python test.py label_fraction=0.02": "the same encoder, fewer labels",
-            "python test.py mode=finetune": "tune the encoder too",
+            "python test.py eval=finetune": "tune the encoder too",
             "python main.py dataset=cifar10": "the benchmark",
         }
     commands[f"tensorboard --logdir {show_path(output_dir)}"] = "the curves of all runs"

@@ -49,7 +49,8 @@ class Picture:
     @property
     def data(self) -> str:
         """The file as a data URI."""
-        return f"data:image/png;base64,{b64encode(self.file.read_bytes()).decode()}"
+        data = self.file.read_bytes() if self.file else b""
+        return f"data:image/png;base64,{b64encode(data).decode()}"
 
 
 @dataclass(frozen=True)

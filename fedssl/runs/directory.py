@@ -22,9 +22,10 @@ from fedssl.runs.checkpoints import list_checkpoints
 from fedssl.runs.encoder_file import ENCODER_FILE, pack_encoder
 from fedssl.runs.metrics import RoundMetrics
 
-fcntl = None
-with suppress(ImportError):  # there is none on Windows
+try:
     import fcntl
+except ImportError:  # there is none on Windows
+    fcntl = None  # type: ignore[assignment]
 
 LATEST = "latest"
 # Without these it is not a run's configuration.
@@ -102,6 +103,8 @@ class RunDirectory:
             raise UserError(f"run={self.path}: no config.yaml there; {remedy}")
         try:
             config = OmegaConf.load(self.config)
+            if not isinstance(config, DictConfig):
+                raise ValueError("no mapping")
         except (OSError, ValueError, YAMLError) as error:
             raise UserError(f"{self.config}: can't be read ({error}); {remedy}") from error
         missing = [name for name in SECTIONS if name not in config]

@@ -21,6 +21,7 @@ class Where(Flag):
 
 EVERYWHERE = Where.TABLE | Where.LOG | Where.CURVE | Where.PAGE
 NOWHERE = Where(0)
+Number = int | float | None
 
 
 @dataclass(frozen=True)
@@ -179,9 +180,14 @@ class RoundMetrics:
             values["clients"] = tuple(_client(client) for client in line["clients"])
             values["failures"] = tuple(Failure(**failure) for failure in line["failures"])
             values["warnings"] = tuple(line.get("warnings", ()))
-        except (TypeError, KeyError) as error:
+            metrics = cls(**values)
+        except (TypeError, AttributeError) as error:
             raise ValueError(f"no round of a run ({error})") from error
-        return cls(**values)
+        numbers = {name: getattr(metrics, name) for name, _ in cls.numbers(EVERYWHERE)}
+        odd = [name for name, value in numbers.items() if not isinstance(value, Number)]
+        if odd or not isinstance(metrics.round, int):
+            raise ValueError(f"no round of a run ({(odd or ['round'])[0]} is no number)")
+        return metrics
 
 
 def _client(line: Mapping[str, Any]) -> ClientMetrics:

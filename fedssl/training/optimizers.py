@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from fedssl.methods.base import Method
@@ -44,7 +45,8 @@ def build_optimizers(
     Args:
         dtype: of Muon's products; the weights and their momentum are floats.
     """
-    muon, others = [], []
+    muon: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for weight in method.parameters():
         inner = weight.dim() > 1 and weight is not method.encoder.conv1.weight
         (muon if inner and settings.name == "muon" else others).append(weight)

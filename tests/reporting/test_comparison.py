@@ -11,6 +11,8 @@ from omegaconf import OmegaConf
 from fedssl.config.compose import load_config
 from fedssl.errors import UserError
 from fedssl.reporting.comparison import find_runs, gather, read_scores, summarize, to_markdown
+from fedssl.runs.directory import RunDirectory
+from fedssl.runs.metrics import RoundMetrics
 
 
 def make_run(folder, top1, overrides=(), fraction=0.1):
@@ -24,7 +26,8 @@ def make_run(folder, top1, overrides=(), fraction=0.1):
     ]
     result = {"protocol": {"label_fraction": fraction}, "rows": rows}
     (folder / "results.json").write_text(json.dumps([result]))
-    (folder / "metrics.jsonl").write_text('{"seconds": 90}\n{"seconds": 30}\n')
+    rounds = [RoundMetrics(1, seconds=90), RoundMetrics(2, seconds=30)]
+    RunDirectory(folder).write_metrics(rounds)
 
 
 @pytest.fixture

@@ -198,7 +198,7 @@ Everything is in outputs/run
   figures/, report.html
 Next
   python test.py label_fraction=0.02     the same encoder, fewer labels
-  python test.py mode=finetune           tune the encoder too
+  python test.py eval=finetune           tune the encoder too
   python main.py dataset=cifar10         the benchmark
   tensorboard --logdir outputs           the curves of all runs
 """

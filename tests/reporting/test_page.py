@@ -1,6 +1,7 @@
 """The page of a run, also as a browser shows it, and TensorBoard's curves."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from fedssl.reporting.figures import MAX_NAMES, draw_map
 from fedssl.reporting.page import write_report
 from fedssl.reporting.sections import picture_map, picture_partitions
 from fedssl.runs.directory import RunDirectory
+from fedssl.runs.metrics import Failure
 from main import try_report
 from scripts.report import prepare
 from test import evaluate_run
@@ -36,13 +38,12 @@ def finished(tmp_path_factory, cache_dir, digits):
     run = RunDirectory.create(folder / "run", config, given)
     shown = []
 
-    def look(row):
+    def look(metrics):
         shown.append(len(read_events(run).Scalars("train_loss")))
 
     Federation(Nodes.of(LocalGrid(config), config), config, run, digits, look).train()
-    rows = run.read_metrics()
-    rows[1]["failures"] = [{"partition": 2, "reason": REASON}]
-    run.write_metrics(rows)
+    first, second = run.read_metrics()
+    run.write_metrics([first, replace(second, failures=(Failure(2, REASON),))])
     evaluate_run(run, config, config.eval, digits, run.last_checkpoint())
     write_report(run, config, config.figures, digits)
     return run, config, shown
@@ -64,8 +65,11 @@ def test_the_page_holds_the_runs_numbers_settings_and_origin(finished, page):
     (result,) = run.read_results()
     for row in result["rows"]:
         assert f"{100 * row['mean']:.1f} %" in page
-    for row in run.read_metrics():
-        assert f"<td>{row['train_loss']:.3f}</td>" in page
+    for metrics in run.read_metrics():
+        assert f"<td>{metrics.train_loss:.3f}</td>" in page
+        assert f"<td>{metrics.bytes_moved / 1e6:,.0f} MB</td>" in page
+    for heading in ("train loss", "uniformity", "images/s", "moved"):
+        assert f"<th>{heading}</th>" in page
     commit = result["measured"]["commit"] or "unknown"  # as in a copy without git's history
     for text in (commit, "scikit-learn", "train.max_steps", "DirichletPart"):
         assert text in page
@@ -110,17 +114,18 @@ def test_the_page_in_a_browser(finished, tmp_path, width):
 
 def test_tensorboard_holds_the_numbers_of_every_round(finished):
     events = read_events(finished[0])
-    rows = finished[0].read_metrics()
+    rounds = finished[0].read_metrics()
 
     def read(tag):
         return [(event.step, event.value) for event in events.Scalars(tag)]
 
-    for key in ("train_loss", "eval_loss", "knn", "effective_rank", "uniformity", "alignment"):
-        assert read(key) == [(row["round"], pytest.approx(row[key], rel=1e-6)) for row in rows]
-    for key in ("train_loss", "eval_loss", "step"):
+    for name in ("train_loss", "eval_loss", "knn", "effective_rank", "uniformity", "alignment"):
+        expected = [(m.round, pytest.approx(getattr(m, name), rel=1e-6)) for m in rounds]
+        assert read(name) == expected
+    for name in ("train_loss", "eval_loss", "update_norm"):
         for number in range(3):
-            expected = [(r["round"], pytest.approx(r["clients"][number][key])) for r in rows]
-            assert read(f"client_{key}/{number}") == expected
+            expected = [(m.round, pytest.approx(getattr(m.clients[number], name))) for m in rounds]
+            assert read(f"client_{name}/{number}") == expected
 
 
 def test_every_round_reaches_tensorboard_before_the_next(finished):
@@ -174,8 +179,7 @@ def test_without_labels_the_page_says_what_it_leaves_out(finished, digits, tmp_p
     run, config, _ = finished
     bare = ImageSet(Images(digits.train.pixels, None), None, [], [], "bare", "", "bare")
     other = RunDirectory.create(tmp_path / "run", config)
-    rows = [row | {"knn": None} for row in run.read_metrics()]
-    other.write_metrics(rows)
+    other.write_metrics([replace(metrics, knn=None) for metrics in run.read_metrics()])
     for file in run.checkpoints.glob("round-0002.*"):
         (other.checkpoints / file.name).write_bytes(file.read_bytes())
     write_report(other, config, {**config.figures, "map_images": 30}, bare)
@@ -199,12 +203,14 @@ def test_a_failing_report_costs_no_results(finished, digits, monkeypatch, capsys
 
 def test_the_partitions_shown_are_those_the_clients_held(finished, digits, tmp_path):
     run, config, _ = finished
-    rows = run.read_metrics()
-    picture = picture_partitions(config, rows, digits, tmp_path / "a.png")
+    first, second = run.read_metrics()
+    picture = picture_partitions(config, [first, second], digits, tmp_path / "a.png")
     assert picture.file.is_file()
     assert "1,437 training images, dealt out to 3 clients" in picture.caption
-    rows[0]["clients"][0]["num_examples"] += 1  # a node with a folder of its own
-    assert picture_partitions(config, rows, digits, tmp_path / "b.png").file is None
+    one, *others = first.clients
+    more = replace(one, num_examples=one.num_examples + 1)  # a node with a folder of its own
+    rounds = [replace(first, clients=(more, *others)), second]
+    assert picture_partitions(config, rounds, digits, tmp_path / "b.png").file is None
 
 
 def test_a_map_keeps_apart_what_is_apart():

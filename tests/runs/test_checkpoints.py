@@ -6,6 +6,9 @@ import torch
 
 from fedssl.errors import UserError
 from fedssl.runs.checkpoints import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from fedssl.runs.metrics import ClientMetrics, RoundMetrics
+
+METRICS = RoundMetrics(12, train_loss=0.1 + 0.2, clients=(ClientMetrics(0, update_norm=0.1),))
 
 
 @pytest.fixture
@@ -19,11 +22,11 @@ def memory():
 
 
 def test_a_checkpoint_comes_back_whole(tmp_path, state, memory):
-    saved = Checkpoint(12, state, memory, {"round": 12, "train_loss": 0.1 + 0.2}, "digest")
+    saved = Checkpoint(12, state, memory, METRICS, "digest")
     save_checkpoint(tmp_path, saved, keep=1)
     (file,) = list_checkpoints(tmp_path)
     loaded = load_checkpoint(file)
-    assert (loaded.round, loaded.row, loaded.images) == (12, saved.row, "digest")
+    assert (loaded.round, loaded.metrics, loaded.images) == (12, METRICS, "digest")
     assert loaded.state.keys() == state.keys()
     for name, tensor in state.items():
         assert loaded.state[name].dtype == tensor.dtype
@@ -72,13 +75,12 @@ def test_a_damaged_checkpoint_gets_one_line(tmp_path, state, memory, damage, mes
 
 @pytest.mark.parametrize("name", ["round-0001.safetensors", "server-0001.safetensors"])
 def test_every_flipped_bit_is_noticed(tmp_path, state, memory, name):
-    save_checkpoint(tmp_path, Checkpoint(1, state, memory, {"round": 1}), keep=1)
+    save_checkpoint(tmp_path, Checkpoint(1, state, memory, RoundMetrics(1)), keep=1)
     flip_each_byte(tmp_path / name, tmp_path / "round-0001.safetensors")
 
 
 def test_every_flipped_bit_of_the_json_is_noticed(tmp_path, state):
-    row = {"round": 1, "train_loss": 2.5, "clients": []}
-    save_checkpoint(tmp_path, Checkpoint(1, state, {}, row), keep=1)
+    save_checkpoint(tmp_path, Checkpoint(1, state, {}, RoundMetrics(1, 2.5)), keep=1)
     flip_each_byte(tmp_path / "round-0001.json", tmp_path / "round-0001.safetensors")
 
 

@@ -6,6 +6,7 @@ import torch
 from fedssl.errors import UserError
 from fedssl.files import check_writable, write_atomically
 from fedssl.runs.directory import RunDirectory
+from fedssl.runs.metrics import RoundMetrics
 from fedssl.runs.provenance import provenance
 
 
@@ -54,11 +55,28 @@ def test_runs_of_the_same_second_get_directories_of_their_own(tmp_path, config):
 
 
 def test_a_damaged_metrics_line_is_named(run):
-    run.append_metrics({"round": 1})
-    run.append_metrics({"round": 2})
+    run.append_metrics(RoundMetrics(1))
+    run.append_metrics(RoundMetrics(2))
     run.metrics.write_bytes(run.metrics.read_bytes()[:-4])
-    with pytest.raises(UserError, match="line 2 is damaged"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged .*take the line out"):
         run.read_metrics()
+
+
+def test_a_metrics_line_of_something_else_is_named(run):
+    run.append_metrics(RoundMetrics(1))
+    with run.metrics.open("a") as file:
+        file.write("[1]\n")
+    with pytest.raises(UserError, match=r"line 2 is no round of a run; take the line out"):
+        run.read_metrics()
+
+
+def test_metrics_are_kept_one_a_round(run):
+    assert run.read_metrics() == []
+    rounds = [RoundMetrics(1, knn=0.1 + 0.2), RoundMetrics(2, warnings=("collapsed",))]
+    for metrics in rounds:
+        run.append_metrics(metrics)
+    assert run.read_metrics() == rounds
+    assert len(run.metrics.read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize(

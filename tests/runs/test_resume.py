@@ -15,9 +15,10 @@ from fedssl.errors import UserError
 from fedssl.federation.resources import ClientResources
 from fedssl.runs.checkpoints import Checkpoint, save_checkpoint
 from fedssl.runs.directory import RunDirectory
+from fedssl.runs.metrics import RoundMetrics
 from fedssl.runs.resume import check_continuation, check_same, reopen, with_earlier_overrides
 
-ROWS = [{"round": number, "train_loss": 1 / number} for number in (1, 2, 3)]
+ROUNDS = [RoundMetrics(number, train_loss=1 / number) for number in (1, 2, 3)]
 STATE = {"weight": torch.ones(3)}
 
 
@@ -34,9 +35,9 @@ def compose(tmp_path, cache_dir):
 def stopped(tmp_path, compose):
     """A run of seven rounds that ended after three."""
     run = RunDirectory.create(tmp_path / "run", compose(), ["model.stem=imagenet", "seed=0"])
-    for row in ROWS:
-        save_checkpoint(run.checkpoints, Checkpoint(row["round"], STATE, {}, row), keep=3)
-        run.append_metrics(row)
+    for metrics in ROUNDS:
+        save_checkpoint(run.checkpoints, Checkpoint(metrics.round, STATE, {}, metrics), keep=3)
+        run.append_metrics(metrics)
     run._lock.close()
     return run
 
@@ -49,15 +50,15 @@ def go_on(compose, *overrides):
 
 
 def test_a_run_goes_on_after_its_last_round(stopped, compose):
-    checkpoint, rows, said = go_on(compose)
+    checkpoint, rounds, said = go_on(compose)
     assert checkpoint.round == 3
-    assert rows == ROWS
+    assert rounds == ROUNDS
     assert said == [f"going on with {stopped.path} after round 3"]
 
 
 def test_a_metrics_line_that_was_not_written_any_more_comes_from_the_checkpoint(stopped, compose):
-    stopped.write_metrics(ROWS[:2])
-    assert go_on(compose)[1] == ROWS
+    stopped.write_metrics(ROUNDS[:2])
+    assert go_on(compose)[1] == ROUNDS
 
 
 @pytest.mark.parametrize("damage", ["unfinished", "flipped", "partial"])
@@ -73,9 +74,9 @@ def test_a_round_that_was_being_written_is_repeated_and_named(stopped, compose, 
         newest.unlink()
         newest.with_suffix(".json").unlink()
         (stopped.checkpoints / ".partial-0123abcd-round-0003.safetensors").write_bytes(b"half")
-    checkpoint, rows, said = go_on(compose)
+    checkpoint, rounds, said = go_on(compose)
     assert checkpoint.round == 2
-    assert rows == ROWS[:2]
+    assert rounds == ROUNDS[:2]
     assert "round-0003" in said[0]
     assert said[-1].endswith("after round 2")
     assert all("0003" not in file.name for file in stopped.checkpoints.iterdir())
@@ -90,8 +91,8 @@ def test_all_checkpoints_damaged_is_an_error(stopped, compose):
 
 def test_a_run_that_ended_before_its_first_round_starts_again(tmp_path, compose):
     RunDirectory.create(tmp_path / "run", compose())._lock.close()
-    checkpoint, rows, said = go_on(compose)
-    assert (checkpoint, rows) == (None, [])
+    checkpoint, rounds, said = go_on(compose)
+    assert (checkpoint, rounds) == (None, [])
     assert "no round was finished" in said[-1]
 
 
@@ -126,7 +127,7 @@ def test_a_run_that_is_done_and_evaluated_is_left_alone(stopped, compose):
 
 
 def test_other_images_are_refused(stopped, compose):
-    save_checkpoint(stopped.checkpoints, Checkpoint(4, STATE, {}, {}, images="others"), keep=3)
+    save_checkpoint(stopped.checkpoints, Checkpoint(4, STATE, images="others"), keep=3)
     with pytest.raises(UserError, match="the images differ"):
         check_continuation(compose("resume=latest"), stopped, None)
 
@@ -165,7 +166,8 @@ def test_neither_the_order_nor_the_number_at_a_time_changes_a_byte(tmp_path, com
         run = RunDirectory.create(tmp_path / f"{at_a_time}", config)
         program.simulate(config, ClientResources(1, 0, 0, at_a_time), digits, run)
         last = run.last_checkpoint().read_bytes()
-        ends.append((last, kills.without_durations(run.read_metrics())))
+        lines = [metrics.to_json() for metrics in run.read_metrics()]
+        ends.append((last, kills.without_durations(lines)))
     assert ends[0] == ends[1]
 
 
