@@ -15,7 +15,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from hydra.core.config_store import ConfigStore
 from samples import BACKEND
 
-from fedssl.config import compose, schema, sections
+from fedssl.config import compose, options, schema, sections
 from fedssl.config.compose import load_config
 from fedssl.config.evaluation import follow_run
 from fedssl.data.image_set import Images, ImageSet
@@ -45,7 +45,9 @@ def put(monkeypatch, tmp_path):
     """Put a recipe in place, until the end of the test: code as modules, the rest in copies."""
     conf = tmp_path / "conf"
     shutil.copytree(ROOT / "conf", conf)
-    monkeypatch.setattr(compose, "CONF", conf)
+    for module in (compose, options):
+        monkeypatch.setattr(module, "CONF", conf)
+    options.model_of_option.cache_clear()
     store = ConfigStore.instance().repo["schema"]
     before = dict(store)
 
@@ -88,6 +90,7 @@ def put(monkeypatch, tmp_path):
     yield put_recipe
     store.clear()
     store.update(before)
+    options.model_of_option.cache_clear()
 
 
 def random_images(rng, count, classes=3):
