@@ -1,4 +1,4 @@
-"""Draw the pictures of the README.
+"""Draw the pictures of the README and of docs/.
 
 python -m scripts.draw_images
 python -m scripts.draw_images --run=outputs/latest   # and those that need the weights of a run

@@ -1,4 +1,4 @@
-"""Checks of what the launchers are given, before anything starts."""
+"""Checks of what the two commands are given, before anything starts."""
 
 import json
 import shlex
@@ -21,7 +21,7 @@ from fedssl.config.moved import modernize_overrides
 from fedssl.deployment.superlink import Link
 from fedssl.errors import UserError
 
-# Run apart from the launcher, which would otherwise keep PyTorch in memory.
+# Run apart from the command, which would otherwise keep PyTorch in memory.
 LIST_APPS = """
 import importlib, json, sys
 module = importlib.import_module(sys.argv[1])

@@ -1,4 +1,4 @@
-"""A SuperLink as the launchers see it: whether it answers, and a process that needs it."""
+"""A SuperLink as the two commands see it: whether it answers, and a process that needs it."""
 
 import http.client
 import json

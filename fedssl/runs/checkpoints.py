@@ -41,7 +41,7 @@ class Checkpoint:
 
     Attributes:
         state: of the global model.
-        strategy: what the strategy remembers, such as a server optimizer's moments.
+        strategy: the state of the strategy, such as a server optimizer's moments.
         metrics: the round's numbers.
         images: names the content of the images that were trained on.
     """
@@ -137,7 +137,7 @@ def load_checkpoint(file: Path) -> Checkpoint:
 
 
 def _files(folder: Path, round_number: int) -> tuple[Path, Path, Path]:
-    """Name the files of a round: the model, what the server remembers, the facts."""
+    """Name the files of a round: the model, the state of the strategy, the metadata."""
     number = f"{round_number:04d}"
     names = (f"round-{number}.safetensors", f"server-{number}.safetensors", f"round-{number}.json")
     return folder / names[0], folder / names[1], folder / names[2]

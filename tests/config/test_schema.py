@@ -39,7 +39,7 @@ def test_conf_ships_every_class_that_the_schema_lets_pass(group):
         for c in CHOSEN
         if c[0].startswith(f"{group}=")
     }
-    assert told == set(GROUPS[group].models)
+    assert told >= set(GROUPS[group].models)  # a class may do without
 
 
 def test_every_default_that_is_stored_is_used():

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
-from runs.test_encoder_file import README
+from runs.test_encoder_file import PAGE
 
 from benchmarks.performance.simulation import descendants
 from fedssl.deployment.certificates import make_certificates
@@ -187,7 +187,7 @@ def test_the_four_commands_give_the_numbers_of_the_simulation(place):
 def test_own_folders_over_tls_with_authenticated_nodes(place):
     """The walkthrough's run of three sites, each with a folder and a key."""
     start_line = r"^flower-server-app app:server --insecure (dataset=.*num_clients=3)$"
-    (chosen,) = re.findall(start_line, README, re.MULTILINE)
+    (chosen,) = re.findall(start_line, PAGE, re.MULTILINE)
     keys = place.folder / "certificates"
     make_certificates(keys, [], nodes=4, days=1)  # node4 is never registered
     tls = ["--ssl-ca-certfile", f"{keys}/ca.crt", "--ssl-certfile", f"{keys}/server.crt"]

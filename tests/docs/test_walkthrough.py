@@ -1,8 +1,7 @@
-"""The README's section "Your own images", line by line in small."""
+"""docs/own-images.md, line by line in small."""
 
 import importlib.util
-import re
-import shlex
+import os
 import shutil
 import subprocess
 import sys
@@ -11,18 +10,27 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
+from docs.pages import blocks, commands
 from PIL import Image
-from runs.test_encoder_file import README, run_snippet
+from runs.test_encoder_file import PAGE, run_snippet
 
 pytestmark = pytest.mark.slow
-SECTION = README.partition("## Your own images")[2].partition("\n## ")[0]
-COMMANDS = re.findall(r"^python (\w+\.py .*?)(?: +#.*)?$", SECTION, re.MULTILINE)
+COMMANDS = [words[1:] for words in commands("docs/own-images.md") if words[0] == "python"]
 SMALL = {
     "main.py": ["num_rounds=1", "train.max_steps=1", "model.stem=imagenet", "figures.map_images=5"],
     "test.py": ["epochs=2", "seeds=1"],
-    "embed.py": ["precision=float32"],
-    "export.py": [],
+    "scripts.embed": ["precision=float32"],
+    "scripts.export": [],
 }
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}  # the page starts in the project's directory
+
+
+def run(place, words, *more):
+    """Run a command of Python as the page has it, in another directory."""
+    start = ["-m", words[1]] if words[0] == "-m" else [ROOT / words[0]]
+    rest = words[2:] if words[0] == "-m" else words[1:]
+    command = [sys.executable, *start, *rest, *more]
+    return subprocess.run(command, cwd=place, env=ENVIRONMENT, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -40,43 +48,35 @@ def place(tmp_path_factory, digits):
 
 
 def test_every_line_of_the_walkthrough_works(place, cache_dir):
-    assert [line.split()[0] for line in COMMANDS] == [
-        *("main.py", "embed.py", "test.py", "embed.py", "export.py")
-    ]
-    for line in COMMANDS:
-        script, *arguments = shlex.split(line)
-        if script == "export.py" and importlib.util.find_spec("onnxruntime") is None:
+    programs = [words[1] if words[0] == "-m" else words[0] for words in COMMANDS]
+    assert programs == ["main.py", "scripts.embed", "test.py", "scripts.embed", "scripts.export"]
+    for program, words in zip(programs, COMMANDS, strict=True):
+        if program == "scripts.export" and importlib.util.find_spec("onnxruntime") is None:
             continue
-        cache = [f"cache_dir={cache_dir}"] if script in ("main.py", "test.py") else []
-        done = subprocess.run(
-            [sys.executable, ROOT / script, *arguments, *SMALL[script], *cache],
-            cwd=place,
-            capture_output=True,
-            text=True,
-        )
-        assert (done.returncode, done.stderr) == (0, ""), (line, done.stdout, done.stderr)
-        if script == "main.py":
+        cache = [f"cache_dir={cache_dir}"] if program in ("main.py", "test.py") else []
+        done = run(place, words, *SMALL[program], *cache)
+        assert (done.returncode, done.stderr) == (0, ""), (words, done.stdout, done.stderr)
+        if program == "main.py":
             assert "1 unreadable files left out: " in done.stdout
             assert "No labels" in done.stdout
             assert not (place / "outputs" / "latest" / "results.json").exists()
             refuses_unlabelled(place, cache)
-        if script == "test.py":
+        if program == "test.py":
             assert "100 % of the labels (40)" in done.stdout
     read_the_features(place)
 
 
 def refuses_unlabelled(place, cache):
     """Evaluate the run on its own images, which have no labels."""
-    command = [sys.executable, ROOT / "test.py", *cache]
-    refused = subprocess.run(command, cwd=place, capture_output=True, text=True)
+    refused = run(place, ["test.py"], *cache)
     assert refused.returncode == 2
     assert "no labels" in refused.stderr
 
 
 def read_the_features(place):
-    """Run the section's lines of Python: the table, and the encoder without this project."""
+    """Run the page's lines of Python: the table, and the encoder without this project."""
     table = pq.read_table(place / "features.parquet")
-    (lines,) = re.findall(r"```python\n(import numpy.*?)```", SECTION, re.DOTALL)
+    (lines,) = (code for code in blocks(PAGE, "python") if code.startswith("import numpy"))
     checked = f"{lines}\nassert features.shape == (40, 512), features.shape"
     subprocess.run([sys.executable, "-c", checked], cwd=place, check=True)
     row = table["path"].to_pylist().index("60.png")

@@ -22,8 +22,8 @@ from fedssl.runs.encoder_file import ENCODER_FILE, find_encoder, load_encoder, p
 
 BACKEND = Backend(CPU, torch.float32)
 
-README = (ROOT / "README.md").read_text()
-ELSEWHERE = README.partition("### The encoder elsewhere")[2]
+PAGE = (ROOT / "docs" / "own-images.md").read_text()
+ELSEWHERE = PAGE.partition("## The encoder elsewhere")[2]
 SNIPPET = re.search(r"```python\n(.*?)```", ELSEWHERE, re.DOTALL)[1]
 ENDING = """
 import sys
@@ -33,7 +33,7 @@ print(json.dumps(features[0].tolist()))
 
 
 def run_snippet(folder):
-    """Run the README's lines in a process that can't see this project; return the features."""
+    """Run the page's lines in a process that can't see this project; return the features."""
     done = subprocess.run(
         [sys.executable, "-I", "-c", SNIPPET + ENDING], cwd=folder, capture_output=True, text=True
     )
@@ -70,7 +70,7 @@ def file(tmp_path):
     ],
     ids=["resnet18, stride 1", "resnet50, stride 2", "resnet18, imagenet"],
 )
-def test_the_readmes_lines_give_the_same_features_without_this_project(
+def test_the_pages_lines_give_the_same_features_without_this_project(
     tmp_path, rng, overrides, image_shape
 ):
     write_encoder(tmp_path / "outputs" / "latest", *overrides)

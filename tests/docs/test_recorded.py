@@ -1,0 +1,193 @@
+"""Numbers of README and docs/ against the records below results/."""
+
+import json
+import re
+
+import pytest
+from conftest import ROOT
+from docs.pages import README, read
+
+from benchmarks.accuracy import sweep, tables
+from fedssl.config.compose import load_config
+from fedssl.reporting import console
+from fedssl.runs.metrics import RoundMetrics
+from utils import build_schedule
+
+
+def recorded(name):
+    """Read a record."""
+    return json.loads((ROOT / "results" / name).read_text())
+
+
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_the_tables_of_the_pages_are_those_of_the_recorded_runs(page):
+    text = page.read_text()
+    assert tables.fill(text) == text, "run python -m benchmarks.accuracy.tables"
+
+
+@pytest.mark.parametrize("table", tables.TABLES)
+def test_every_table_has_one_place(table):
+    places = [page for page in tables.PAGES if f"<!-- {table} -->\n" in page.read_text()]
+    assert len(places) == 1
+
+
+def test_the_headlines_are_those_of_the_recorded_runs():
+    _, _, ours, _, untrained, pixels, _ = tables.digits_table()[-2].split("|")
+    budget = next(line for line in tables.budget_table() if line.startswith("| `cifar10_cpu`"))
+    _, _, linear, _, random_encoder, raw, *_ = (part.strip() for part in budget.split("|"))
+    readme = README.partition("## Start")[0]
+    for digits, cifar10 in ((ours, linear), (untrained, random_encoder), (pixels, raw)):
+        numbers = rf"\|[^|]*{re.escape(digits.strip())} %[^|]*\|[^|]*{re.escape(cifar10)} %[^|]*\|"
+        assert re.search(numbers, readme), f"the headline lacks {digits.strip()} % and {cifar10} %"
+    headline = read("docs/results.md").partition("## Digits")[0]
+    for words in (
+        f"give {ours.strip()} % top-1",
+        f"a random encoder gives {untrained.split()[0]} %",
+        f"logistic regression on the pixels {pixels.split()[0]} %",
+        f"gives {linear.split()[0]} % with 10 % of the labels",
+        f"(a random encoder {random_encoder.split()[0]} %)",
+    ):
+        assert words in headline, words
+
+
+def test_what_the_readme_shows_of_a_run_is_what_a_run_shows(capsys):
+    """Rounds and results of the recorded run, as the program prints them now."""
+    with console.RoundProgress(7) as progress:
+        for line in (ROOT / "results/digits/seed0/metrics.jsonl").open():
+            progress.show(RoundMetrics.from_json(json.loads(line)))
+    console.print_results(recorded("digits/seed0/results.json")[0])
+    shown = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    block = README.partition("## What you see")[2].partition("```text\n")[2].partition("```")[0]
+    lines = [line for line in block.splitlines() if line]
+    begin = lines.index(shown[0])
+    assert lines[begin : begin + len(shown)] == shown
+    title, *opening = lines[:begin]
+    assert title == "Federated SimCLR: 5 clients, 7 rounds of FedAvg"
+    facts = {"data": "", "model": "", "running": "1 client\ndevice cpu", "directory": ""}
+    console.print_opening(title, facts)
+    expected = [line[:13] for line in capsys.readouterr().out.splitlines() if line][1:]
+    assert [line[:13].ljust(13) for line in opening] == [line.ljust(13) for line in expected]
+
+
+def test_what_the_readme_shows_of_the_end_is_what_a_run_shows(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    block = README.partition("## What you see")[2].partition("```text\n")[2].partition("```")[0]
+    end = block[block.index("Everything is in") :].splitlines()
+    run = tmp_path / end[0].split()[-1]
+    run.mkdir(parents=True)
+    for name in " ".join(end[1:3]).replace(",", " ").split():
+        (run / name).mkdir() if name.endswith("/") else (run / name).touch()
+    console.print_ending(run, tmp_path / "outputs", labelled=True)
+    assert capsys.readouterr().out.strip().splitlines() == end
+
+
+def test_the_distances_of_a_federation_are_those_of_the_recorded_runs():
+    def score(name, method):
+        (results,) = tables.read_seeds(name)
+        return 100 * tables.find_score(results, "federated SimCLR", method)["mean"]
+
+    def gap(one, other):
+        return [f"{score(one, how) - score(other, how):.1f}" for how in ("linear head", "kNN")]
+
+    text = read("docs/results.md")
+    head, knn = gap("cifar10_cpu_centralized", "cifar10_cpu")
+    assert f"stays {head} points (kNN {knn}) below" in text
+    head, knn = gap("cifar10_cpu", "cifar10_cpu_client_alone")
+    assert f"is {head} (kNN {knn}) above a client alone" in text
+    config = load_config("config", sweep.RUNS["cifar10_cpu"])
+    plans = map(build_schedule(config).plan, range(1, 8))
+    steps = sum(round(config.train.max_steps * plan.fraction) for plan in plans)
+    assert f"({steps:,} of {config.train.batch_size} images" in text
+
+
+def test_recorded_runs_tell_how_they_were_made():
+    for file in (ROOT / "results").glob("**/results.json"):
+        measured = json.loads(file.read_text())[0]["measured"]
+        assert re.fullmatch(r"[0-9a-f]{40}", measured["commit"]), file
+        assert measured["hardware"]["cores"] >= 1
+        assert (file.parent / "config.yaml").is_file()
+        rounds = [json.loads(line) for line in (file.parent / "metrics.jsonl").open()]
+        assert [row["round"] for row in rounds] == list(range(1, 8))
+
+
+@pytest.mark.parametrize(
+    ("title", "count"), [("recipe", 4), ("5 clients a round, experiment `cifar10_sweep`", 5)]
+)
+def test_the_gains_are_recorded_trials(title, count):
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    table = page.partition(f"| {title} | linear head, % | kNN, % |\n")[2].partition("\n\n")[0]
+    shown = [tuple(map(float, line.split("|")[2:4])) for line in table.splitlines()[1:]]
+    trials = map(json.loads, (ROOT / "results" / "tuning.jsonl").open())
+    scores = [trial["by_pixels"].get("32", {}) for trial in trials]
+    assert len(shown) == count
+    assert set(shown) <= {(score.get("linear_head"), score.get("knn")) for score in scores}
+
+
+def test_the_cost_of_what_travels_is_the_recorded_one():
+    wire, text = recorded("wire.json"), read("docs/federation.md")
+    assert re.fullmatch(r"[0-9a-f]{40}", wire["measured"]["commit"])
+    assert len(wire["rows"]) == 8
+    for row in wire["rows"]:
+        kind = "one array" if row["packed"] else "each on its own"
+        line = (
+            f"| {row['encoder']} | {kind} | {row['delay_ms']:.0f} ms | {row['requests']:.0f} "
+            f"| {row['down_mb']:.0f} MB | {row['up_mb']:.0f} MB | {row['seconds']:.0f} s |"
+        )
+        assert line in text, line
+
+
+def test_the_speeds_are_the_recorded_ones():
+    speed, text = recorded("speed.json"), read("docs/performance.md")
+    assert len(speed["rows"]) == 6
+    for row in speed["rows"]:
+        speeds = " | ".join(f"{row['images_per_second'][k]:.0f}" for k in ("ours", "bare", "usual"))
+        line = (
+            f"| {row['encoder']} | {row['stem']} | {row['batch']} | {speeds} "
+            f"| {row['of_bare']:.2f} | {row['over_usual']:.1f} |"
+        )
+        assert line in text, line
+    for milliseconds in speed["augmentation"]["milliseconds"].values():
+        assert f"{milliseconds:.0f} ms" in text
+
+
+def test_the_cost_of_a_simulation_is_the_recorded_one():
+    text = read("docs/performance.md")
+    run, many = recorded("simulation.json"), recorded("scale.json")
+    client = run["peak_client_mb"]
+    for words in (
+        f"`{run['command'].replace('python main.py dataset=cifar10 ', '')}`",
+        f"took {run['wall_s']:.0f} s up to the encoder, {run['ratio']:.2f} times",
+        f"held at most {client['rss']:.0f} MB",
+        f"{client['cache_rss']:.0f} MB of them",
+        f"{client['pss']:.0f} MB where",
+    ):
+        assert words in text, words
+    memory = many["own_mb_by_round"]
+    assert f"{memory[2]} MB in the third round and {memory[-1]} MB in the last" in text
+    assert f"rounds of `{many['command']}`" in text
+
+
+def test_the_kills_and_faults_are_recorded():
+    kills, faults = recorded("kills.json"), recorded("faults.json")["faults"]
+    assert kills["kills"] == kills["resumed"] == kills["identical_ends"]
+    text = read("docs/reliability.md")
+    assert f"{kills['kills']} runs killed at random moments" in text
+    killed = [trial for trial in kills["trials"] if not trial.get("finished_before")]
+    assert len(killed) == kills["kills"]
+    assert {trial["after_round"] for trial in killed} == set(range(len(kills["phases_s"][0])))
+    assert f"{len(kills['stopped_by_a_full_disk'])} more, listed apart" in text
+    late = sum(trial["rounds_before"] > 0 for trial in killed)
+    assert f"({late} of them after a completed round)" in text
+    assert f"{kills['lost_rounds']} completed rounds lost, {kills['identical_ends']} ends" in text
+    as_expected = sum(fault["ok"] for fault in faults)
+    assert f"{len(faults)} faults injected into real runs, {as_expected} times" in text
+
+
+def test_the_hostile_clients_are_recorded():
+    poison, text = recorded("poison.json"), read("docs/reliability.md")
+    assert f"`{poison['command']}`" in text
+    for row in poison["rows"]:
+        factor = f"{row['factor']:g}" if row["factor"] else "all honest"
+        scores = f"{100 * row['linear_head']:.1f} | {100 * row['knn']:.1f} | {row['rejected']}"
+        line = f"| {row['strategy']} | {factor} | {scores} |"
+        assert line in text, line
