@@ -19,7 +19,7 @@ from fedssl.data.decoding import decode
 from fedssl.errors import UserError
 from fedssl.federation.guards import read_update, reject_outliers
 from fedssl.federation.messages import pack_arrays, split_state, unpack_arrays, write_state
-from fedssl.runs.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from fedssl.runs.checkpoints import Checkpoint, ServerState, load_checkpoint, save_checkpoint
 from fedssl.runs.metrics import RoundMetrics
 
 TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
@@ -30,7 +30,7 @@ CASES = settings(
 CONFIGURATIONS = settings(CASES, max_examples=int(os.environ.get("FUZZ_CONFIGURATIONS", "60")))
 KEYS = sorted(flatten(load_config("config", [])))
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "n": torch.tensor(3)}
-MEMORY = {"m|dict|00000|a": np.arange(6.0)}
+MEMORY = {"0": np.arange(6.0)}
 METRICS = RoundMetrics(1, train_loss=0.5)
 
 texts = st.text(max_size=12)
@@ -68,7 +68,7 @@ def test_any_configuration_is_refused_in_a_line_or_sound(pairs):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
-    save_checkpoint(folder, Checkpoint(1, STATE, MEMORY, METRICS), keep=1)
+    save_checkpoint(folder, Checkpoint(1, STATE, ServerState(["x"], MEMORY), METRICS), keep=1)
     return {file: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
@@ -107,7 +107,7 @@ def test_any_damage_to_a_checkpoint_is_refused_or_harmless(saved, which, change)
     assert loaded.round == 1
     assert loaded.metrics == METRICS
     assert torch.equal(loaded.state["a"], STATE["a"])
-    assert np.array_equal(loaded.server["m|dict|00000|a"], MEMORY["m|dict|00000|a"])
+    assert np.array_equal(loaded.strategy.arrays["0"], MEMORY["0"])
 
 
 dtypes = st.sampled_from([torch.float32, torch.float64, torch.int64, torch.bfloat16, torch.bool])

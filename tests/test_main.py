@@ -244,7 +244,7 @@ def enter(monkeypatch, capsys, name, check, arguments):
         (["cache_dir=/dev/null/x"], "can't be written"),
         (["--min_results=6"], "there are only num_clients=5"),
         (["--participants=[5]"], "the partitions are 0 to 4"),
-        (["--max_step_ratio=0.5"], "at least 1"),
+        (["--max_update_ratio=0.5"], "at least 1"),
         (["resume=/nowhere"], "no run at /nowhere"),
         (["--multirun", "resume=/nowhere", "seed=1,2"], "goes on with one run"),
     ],

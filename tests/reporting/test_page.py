@@ -9,7 +9,6 @@ import torch
 from browser import CHROMIUM, Browser
 from conftest import CPU, create_run
 from federation.test_rounds import FAST, ShuffledGrid
-from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fedssl.compute import Backend
@@ -25,7 +24,6 @@ from main import try_report
 from scripts.report import prepare
 from utils import build_method, evaluate_run, report_run, run_facts, run_images, run_rounds
 
-IID = {"_target_": "flwr_datasets.partitioner.IidPartitioner"}
 REASON = "<script>alert('no')</script> & so on"
 
 
@@ -180,7 +178,7 @@ def test_without_labels_the_page_says_what_it_leaves_out(finished, digits, tmp_p
     run, config, _ = finished
     bare = ImageSet(Images(digits.train.pixels, None), None, [], [], "bare", "", "bare")
     other = create_run(tmp_path / "run", config)
-    few = OmegaConf.merge(config, {"figures": {"map_images": 30}, "partition": IID})
+    few = load_config("config", [*run.read_overrides(), "figures.map_images=30"])
     other.write_metrics([replace(metrics, knn=None) for metrics in run.read_metrics()])
     for file in run.checkpoints.glob("round-0002.*"):
         (other.checkpoints / file.name).write_bytes(file.read_bytes())

@@ -5,7 +5,13 @@ import pytest
 import torch
 
 from fedssl.errors import UserError
-from fedssl.runs.checkpoints import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from fedssl.runs.checkpoints import (
+    Checkpoint,
+    ServerState,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from fedssl.runs.metrics import ClientMetrics, RoundMetrics
 
 METRICS = RoundMetrics(12, train_loss=0.1 + 0.2, clients=(ClientMetrics(0, update_norm=0.1),))
@@ -22,7 +28,7 @@ def memory():
 
 
 def test_a_checkpoint_comes_back_whole(tmp_path, state, memory):
-    saved = Checkpoint(12, state, memory, METRICS, "digest")
+    saved = Checkpoint(12, state, ServerState([1, None], memory), METRICS, "digest")
     save_checkpoint(tmp_path, saved, keep=1)
     (file,) = list_checkpoints(tmp_path)
     loaded = load_checkpoint(file)
@@ -32,13 +38,13 @@ def test_a_checkpoint_comes_back_whole(tmp_path, state, memory):
         assert loaded.state[name].dtype == tensor.dtype
         assert torch.equal(loaded.state[name], tensor)
     for name, array in memory.items():
-        assert loaded.server[name].dtype == array.dtype
-        assert np.array_equal(loaded.server[name], array)
+        assert loaded.strategy.arrays[name].dtype == array.dtype
+        assert np.array_equal(loaded.strategy.arrays[name], array)
 
 
 def test_the_last_few_checkpoints_stay(tmp_path, state, memory):
     for number in range(1, 13):
-        save_checkpoint(tmp_path, Checkpoint(number, state, memory), keep=3)
+        save_checkpoint(tmp_path, Checkpoint(number, state, ServerState([], memory)), keep=3)
     names = sorted(file.name for file in tmp_path.iterdir())
     expected = [f"round-{n:04d}.{e}" for n in (10, 11, 12) for e in ("json", "safetensors")]
     assert names == expected + [f"server-{n:04d}.safetensors" for n in (10, 11, 12)]
@@ -55,7 +61,7 @@ def test_the_last_few_checkpoints_stay(tmp_path, state, memory):
     ],
 )
 def test_a_damaged_checkpoint_gets_one_line(tmp_path, state, memory, damage, message):
-    save_checkpoint(tmp_path, Checkpoint(1, state, memory), keep=1)
+    save_checkpoint(tmp_path, Checkpoint(1, state, ServerState([], memory)), keep=1)
     file = tmp_path / "round-0001.safetensors"
     if damage == "missing":
         file.unlink()
@@ -75,12 +81,14 @@ def test_a_damaged_checkpoint_gets_one_line(tmp_path, state, memory, damage, mes
 
 @pytest.mark.parametrize("name", ["round-0001.safetensors", "server-0001.safetensors"])
 def test_every_flipped_bit_is_noticed(tmp_path, state, memory, name):
-    save_checkpoint(tmp_path, Checkpoint(1, state, memory, RoundMetrics(1)), keep=1)
+    save_checkpoint(
+        tmp_path, Checkpoint(1, state, ServerState([], memory), RoundMetrics(1)), keep=1
+    )
     flip_each_byte(tmp_path / name, tmp_path / "round-0001.safetensors")
 
 
 def test_every_flipped_bit_of_the_json_is_noticed(tmp_path, state):
-    save_checkpoint(tmp_path, Checkpoint(1, state, {}, RoundMetrics(1, 2.5)), keep=1)
+    save_checkpoint(tmp_path, Checkpoint(1, state, metrics=RoundMetrics(1, 2.5)), keep=1)
     flip_each_byte(tmp_path / "round-0001.json", tmp_path / "round-0001.safetensors")
 
 
