@@ -1,7 +1,7 @@
 """Checkpoints: all that a run needs to go on after a round, with checksums.
 
-A round leaves `round-0003.safetensors` (the global model), for strategies that
-remember something `server-0003.safetensors`, and last `round-0003.json`, which
+A round leaves `round-0003.safetensors` (the global model), for strategies with
+state `server-0003.safetensors`, and last `round-0003.json`, which
 holds the checksums of both, of itself, and the round's metrics line. Without an
 intact JSON there is no checkpoint.
 """

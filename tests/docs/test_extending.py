@@ -211,7 +211,9 @@ def test_the_column_is_in_the_table():
     names = {**vars(metrics), "dataclass": dataclass}
     exec(f"@dataclass(frozen=True)\nclass More(RoundMetrics):\n    {field}", names)
     updates = [SimpleNamespace(update_norm=norm) for norm in (1.0, 2.5)]
-    made = names["More"](round=1, **eval(f"dict({value})", {"updates": updates}))
+    values = {}
+    exec(value, {"updates": updates}, values)
+    made = names["More"](round=1, **values)
     assert isinstance(made, RoundMetrics)
     assert made.texts(Where.TABLE)["longest"] == "2.50"
     assert made.curves()["longest_update"] == 2.5

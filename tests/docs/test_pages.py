@@ -48,10 +48,11 @@ def test_a_command_of_python_is_valid(words):
         file = ROOT / program
     source = file.read_text()
     if program in CONFIGURED:
-        return check_settings(program, arguments)
+        check_settings(program, arguments)
+        return
     flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
     assert [flag for flag in flags if f'"{flag}"' not in source] == []
-    return load_config("config", [a for a in arguments if re.match(r"[\w.]+=", a)])
+    load_config("config", [a for a in arguments if re.match(r"[\w.]+=", a)])
 
 
 def check_settings(program, arguments):
