@@ -39,7 +39,6 @@ from fedssl.networks.state import load_state
 from fedssl.runs.checkpoints import Checkpoint, load_checkpoint
 from fedssl.runs.directory import RunDirectory
 from fedssl.runs.metrics import RoundMetrics
-from fedssl.runs.provenance import provenance
 from fedssl.runs.resume import Continuation, reopen
 from fedssl.seeding import derive_seed
 from fedssl.training.local import TrainSettings
@@ -387,6 +386,7 @@ def evaluate_run(
         UserError: no labels, or a checkpoint of another architecture.
     """
     from fedssl.evaluation.protocol import Result, evaluate
+    from fedssl.runs.provenance import provenance
 
     backend = choose_backend(config.precision)
     method, round_number = load_trained(config, checkpoint, backend.device)

@@ -154,7 +154,7 @@ def test_the_standing_of_a_round_is_told_as_clients_answer(federate):
 
 
 def test_the_order_of_replies_does_not_change_a_byte(federate):
-    states = [federate()[0].model.state_dict() for _ in range(2)]
+    states = [federate()[0].method.state_dict() for _ in range(2)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
@@ -183,8 +183,6 @@ def test_a_round_leaves_its_metrics_and_files(federate, config):
     directory = federation.run
     names = [file.name for file in list_checkpoints(directory.checkpoints)]
     assert names == ["round-0003.safetensors", "round-0004.safetensors"]
-    assert (directory.path / "encoder.safetensors").is_file()
-    assert list(directory.path.glob("events.out.tfevents.*"))
     row = rows[-1]
     assert [client.partition for client in row.clients] == [0, 1, 2]
     assert all(c.train_loss is not None and c.eval_loss is not None for c in row.clients)

@@ -150,7 +150,7 @@ def test_as_a_program_it_takes_the_folder_in_any_place(run, photos, tmp_path):
         [sys.executable, "-m", "scripts.embed", "photos", "--help"], capture_output=True, text=True
     )
     assert (shown.returncode, shown.stderr) == (0, "")
-    assert "folder: photos" in shown.stdout
+    assert "python -m scripts.embed photos --out=" in shown.stdout
     refused = subprocess.run(
         [sys.executable, "-m", "scripts.embed", "none", f"--run={run}"],
         cwd=tmp_path,
