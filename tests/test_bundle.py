@@ -26,7 +26,7 @@ def bundle():
 
 
 def loaded_modules(name):
-    """List what a root file imports at its top, and in the functions that a run of the app calls."""
+    """List what a root file imports at its top and in the functions that a run calls."""
     called = ("main", "run_rounds", "build_federation", "open_run")
     tree = ast.parse((ROOT / f"{name}.py").read_text())
     places = [node for node in tree.body if getattr(node, "name", "") in called]

@@ -51,6 +51,7 @@ def sound(config):
 @example([("train.learning_rate", "nan")])
 @example([("train.learning_rate", "inf")])
 @example([("", "")])
+@pytest.mark.slow
 def test_any_configuration_is_refused_in_a_line_or_sound(pairs):
     refusal = ""
     try:
@@ -137,6 +138,7 @@ metrics = st.dictionaries(
 @seed(2)
 @CASES
 @given(state=states(), given_metrics=metrics, complete=st.booleans(), change=damages())
+@pytest.mark.slow
 def test_any_update_is_refused_or_sound(state, given_metrics, complete, change):
     whole = {"num-examples": 5, "train-loss": 1.0, "images": 5, "images-per-second": 2.0}
     names = [name for name, value in state.items() if value.dtype in (torch.float32, torch.float64)]

@@ -135,6 +135,7 @@ def test_test_py_evaluates_the_latest_run_and_keeps_earlier_results(finished, ca
     assert all(file.read_bytes() == data for file, data in before.items())
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_even_on_a_ray_cluster_of_two_nodes(
     finished, tmp_path, cache_dir
 ):
@@ -152,6 +153,7 @@ def test_the_same_seed_gives_the_same_bytes_even_on_a_ray_cluster_of_two_nodes(
     assert (tmp_path / last).read_bytes() == (finished[0] / last).read_bytes()
 
 
+@pytest.mark.slow
 def test_cifar10_goes_the_whole_way(tmp_path, cache_dir, cifar10):
     """All 10,000 test images count."""
     data = ["dataset=cifar10", f"dataset.path={cifar10}", "monitor.bank=200", "monitor.queries=100"]
@@ -174,6 +176,7 @@ def test_every_way_to_deal_out_the_images_is_ready_to_start(tmp_path, cache_dir,
     assert len(image_set.train.pixels) == 1437
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_over_rounds(tmp_path, cache_dir):
     """Six virtual clients, two at a time, ten rounds: the processes' own memory."""
     arguments = ["num_clients=6", "num_rounds=10", "train.local_epochs=1", "monitor.bank=100"]
@@ -316,6 +319,7 @@ def test_hydras_own_flags_still_work():
     assert "num_clients: 3" in shown.stdout
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_the_clients_of_a_round_and_bold_is_the_headline_alone(
     tmp_path, cache_dir
 ):
@@ -340,6 +344,7 @@ def test_a_terminal_shows_the_clients_of_a_round_and_bold_is_the_headline_alone(
         assert noise not in text
 
 
+@pytest.mark.slow
 def test_quiet_leaves_the_table(tmp_path, cache_dir):
     places = [f"output_dir={tmp_path}", f"cache_dir={cache_dir}"]
     less = ["--num_rounds=1", FAST, "eval.seeds=1"]
@@ -353,6 +358,7 @@ def test_quiet_leaves_the_table(tmp_path, cache_dir):
     assert again.stdout == done.stdout
 
 
+@pytest.mark.slow
 def test_a_sweep_becomes_a_table_and_a_plot(tmp_path, cache_dir):
     places = [f"output_dir={tmp_path}/runs", f"cache_dir={cache_dir}", FAST, "eval.seeds=1"]
     places += ["figures.map_images=5"]

@@ -28,6 +28,7 @@ def trial(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_a_trial_is_recorded_and_the_term_of_fedprox_reaches_the_clients(trial):
     free, held = (trial("strategy=fedprox", f"strategy.proximal_mu={mu}") for mu in (0, 1))
     keys = ["overrides", "losses", "images", "train_s", "by_pixels", "measured"]

@@ -25,7 +25,6 @@ from benchmarks.performance.simulation import descendants
 from fedssl.deployment.certificates import make_certificates
 from fedssl.deployment.checks import free_port
 
-pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
 TINY = ["train.local_epochs=1", "train.max_steps=2", "monitor.bank=100", "monitor.queries=50"]
 TINY += ["precision=float32", "num_cpus=1", "model.stem=imagenet"]
@@ -184,6 +183,7 @@ def test_the_four_commands_give_the_numbers_of_the_simulation(place):
     assert (run / "results.json").is_file()
 
 
+@pytest.mark.slow
 def test_own_folders_over_tls_with_authenticated_nodes(place):
     """The walkthrough's run of three sites, each with a folder and a key."""
     start_line = r"^flower-server-app app:server --insecure (dataset=.*num_clients=3)$"
@@ -248,6 +248,7 @@ def write_images(folder, count, seed):
         Image.fromarray(pixels).save(folder / f"image {number}.png")
 
 
+@pytest.mark.slow
 def test_flwr_run_simulates(place):
     """`flwr run .` starts a SuperLink of its own, which Flower leaves running."""
     overrides = [*TINY, "num_rounds=1", f"output_dir={place.outputs}"]
@@ -265,6 +266,7 @@ def test_flwr_run_simulates(place):
         subprocess.run(["pkill", "-f", f"{place.home}/.flwr/local-superlink"])
 
 
+@pytest.mark.slow
 def test_a_node_that_dies_is_left_out_and_taken_back(place):
     """In a run that Flower's own command starts."""
     place.superlink()
@@ -291,6 +293,7 @@ def test_a_node_that_dies_is_left_out_and_taken_back(place):
     assert second["failures"] == []
 
 
+@pytest.mark.slow
 def test_a_node_that_never_comes_and_a_superlink_that_is_stopped(place):
     place.superlink()
     place.client(1)
@@ -333,6 +336,7 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
+@pytest.mark.slow
 def test_bad_input_gets_one_line(case, place):
     (kind, *arguments), message = BAD_INPUT[case]
     link = (
@@ -345,6 +349,7 @@ def test_bad_input_gets_one_line(case, place):
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_an_empty_folder_and_a_port_in_use_get_one_line(place):
     empty = place.folder / "empty"
     empty.mkdir()

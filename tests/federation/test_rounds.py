@@ -83,7 +83,10 @@ def change(reply, how):
     return reply
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "strategy",
+    [s if s == "fedadam" else pytest.param(s, marks=pytest.mark.slow) for s in STRATEGIES],
+)
 def test_every_strategy_trains_soundly_and_resumes_with_the_same_bytes(federate, strategy):
     overrides = [f"strategy={strategy}", f"num_clients={5 if strategy == 'krum' else 3}"]
     federation, rows, _ = federate(*overrides)
@@ -170,6 +173,7 @@ def test_clients_train_as_long_as_the_round_is(federate):
     assert images == [2 * 32] * 3 + [4 * 32] * 3
 
 
+@pytest.mark.slow
 def test_the_seed_decides_which_partitions_take_part(federate):
     overrides = ["num_clients=8", "strategy.fraction_train=0.25", "strategy.fraction_evaluate=0.25"]
     asked = [sorted(federate(*overrides)[2].asked) for _ in range(2)]
@@ -232,11 +236,13 @@ def test_an_enormous_update_is_left_out_and_named(federate):
 
 
 @pytest.mark.parametrize("overrides", [["partition=dirichlet"], ["partition=pathological"]])
+@pytest.mark.slow
 def test_honest_clients_of_unequal_size_are_not_taken_for_attackers(federate, overrides):
     _, rows, _ = federate(*overrides, "num_clients=5", "train.max_steps=0", "num_rounds=2")
     assert all(row.failures == () for row in rows)
 
 
+@pytest.mark.slow
 def test_too_few_results_end_the_run_with_the_reasons(federate):
     with pytest.raises(
         RuntimeError, match=r"2 of 3 clients came back, min_results=3 .*client 1: array"
@@ -254,6 +260,7 @@ def test_a_drifting_client_is_named_in_a_warning(federate):
     assert any("client 1 drifts away" in warning for warning in rows[0].warnings)
 
 
+@pytest.mark.slow
 def test_a_collapsed_representation_gives_a_warning(federate):
     def flatten_head(partition, reply):
         def flatten(state):
@@ -272,6 +279,7 @@ def test_a_collapsed_representation_gives_a_warning(federate):
     assert sound[0].effective_rank > 2
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_the_last_good_state(federate, monkeypatch):
     from fedssl import files
 

@@ -162,6 +162,7 @@ def test_differences_are_listed_by_key():
         check_same({"seed": 1, "train.momentum": 0.9, "num_rounds": 3}, {"seed": 0})
 
 
+@pytest.mark.slow
 def test_neither_the_order_nor_the_number_at_a_time_changes_a_byte(tmp_path, compose, digits):
     """Five clients, one after the other and all at once on two cores."""
     ends = []
@@ -175,6 +176,7 @@ def test_neither_the_order_nor_the_number_at_a_time_changes_a_byte(tmp_path, com
     assert ends[0] == ends[1]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     """The short version of benchmarks/kills.py."""
     monkeypatch.setattr(kills, "RUN", [*kills.RUN, "num_rounds=2"])
@@ -183,6 +185,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     assert result["lost_rounds"] == 0, result
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_last_round_and_leaves_nothing_running(tmp_path, cache_dir):
     mark = f"ctrl-c-{os.getpid()}"
     given = [*kills.RUN, f"cache_dir={cache_dir}"]
