@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from client import ClientConfig, make_client_app
 from fedssl.config.compose import load_config
 from fedssl.config.moved import modernize_overrides
+from fedssl.data.image_set import ImageSet
 from fedssl.errors import UserError
 from utils import open_images, open_run, open_source, read_config, run_rounds
 
@@ -84,6 +85,11 @@ def identify(context: Context, app: str | None = None) -> ClientConfig:
     return ClientConfig(config_text(context), number, count, data_path)
 
 
+def open_server_images(config: DictConfig) -> ImageSet | None:
+    """Open the images for the kNN accuracy; with folders at the nodes only, there are none."""
+    return open_images(config) if open_source(config.dataset).is_here else None
+
+
 server = ServerApp()
 client = make_client_app(identify)
 client1 = make_client_app(lambda context: identify(context, "client1"))
@@ -100,7 +106,7 @@ def main(grid: Grid, context: Context) -> None:
     overrides, notices = modernize_overrides(overrides_of(context))
     for notice in notices:
         log.info(notice)
-    image_set = open_images(config) if open_source(config.dataset).is_here else None
+    image_set = open_server_images(config)
     directory = Path(config.run_dir)
     run, checkpoint = open_run(config, directory, image_set, overrides, log.info)
     log.info("the run's directory is %s", run.path)

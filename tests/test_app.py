@@ -86,5 +86,5 @@ def test_errors_that_explain_themselves_come_without_a_traceback(caplog):
 
 
 def test_a_federation_of_folders_has_no_images_at_the_server():
-    config = OmegaConf.create(app.compose_text("dataset=imagefolder"))
-    assert app.open_servers_images(config) is None
+    config = OmegaConf.create(app.compose_text(("dataset=imagefolder",)))
+    assert app.open_server_images(config) is None

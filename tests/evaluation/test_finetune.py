@@ -11,6 +11,7 @@ from fedssl.networks.state import state_digest
 TUNED = FineTuning(**COMMON, **HEAD, encoder_learning_rate=0.001, knn_neighbors=10)
 
 
+@pytest.mark.slow
 def test_it_changes_a_copy_and_beats_chance(digits):
     encoder = make_encoder()
     before = state_digest(encoder)

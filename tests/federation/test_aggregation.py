@@ -112,7 +112,12 @@ def test_all_strategies_of_flower_are_here_but_those_for_trees():
     assert set(STRATEGIES) == set(strategies.__all__) - others
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+QUICK = ("FedAdam", "Krum", "DifferentialPrivacyServerSideAdaptiveClipping")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in STRATEGIES]
+)
 def test_a_strategy_goes_on_from_a_checkpoint_with_the_same_bytes(tmp_path, play, name):
     strategy = build_strategy(spec_of(name, acts_on="parameters"))
     first = play(strategy, 1)

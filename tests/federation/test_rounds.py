@@ -161,6 +161,7 @@ def test_the_order_of_replies_does_not_change_a_byte(federate):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+@pytest.mark.slow
 def test_clients_train_as_long_as_the_round_is(federate):
     images = []
 
@@ -182,6 +183,7 @@ def test_the_seed_decides_which_partitions_take_part(federate):
     assert asked[0] != sorted(federate(*overrides, "seed=1")[2].asked)
 
 
+@pytest.mark.slow
 def test_a_round_leaves_its_metrics_and_files(federate, config):
     federation, rows, _ = federate("num_rounds=4", "keep_checkpoints=2")
     directory = federation.run

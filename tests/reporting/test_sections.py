@@ -5,7 +5,7 @@ from evaluation.small import BACKEND, make_encoder
 
 from fedssl.data.image_set import Images
 from fedssl.evaluation.features import extract_features
-from fedssl.reporting.sections import Encoders, encode_some
+from fedssl.reporting.sections import Encoders, RunImages, encode_some
 
 
 class Bare:
@@ -16,19 +16,19 @@ class Bare:
 
 
 def test_some_test_images_are_encoded_before_and_after_training(digits):
-    encoders = Encoders(make_encoder(0), make_encoder(1), 3, 8, BACKEND)
-    encoded = encode_some(digits, encoders, count=40, seed=0, batch_size=16)
+    encoders = Encoders(make_encoder(0), make_encoder(1), 3, 8, 16, BACKEND)
+    encoded = encode_some(RunImages(digits, [], encoders), 40, seed=0)
     assert (encoded.kind, encoded.round, len(encoded.labels)) == ("test", 3, 40)
     for features, encoder in ((encoded.before, make_encoder(0)), (encoded.after, make_encoder(1))):
         expected = extract_features(encoder, encoded.pixels, BACKEND, 256, 8)
         np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
-    again = encode_some(digits, encoders, count=40, seed=0, batch_size=16)
-    other = encode_some(digits, encoders, count=40, seed=1, batch_size=16)
+    again = encode_some(RunImages(digits, [], encoders), 40, seed=0)
+    other = encode_some(RunImages(digits, [], encoders), 40, seed=1)
     assert np.array_equal(encoded.pixels, again.pixels)
     assert not np.array_equal(encoded.pixels, other.pixels)
 
 
 def test_training_images_stand_in_where_there_are_no_others(digits):
-    encoders = Encoders(make_encoder(0), make_encoder(1), 3, 8, BACKEND)
-    encoded = encode_some(Bare(digits.train), encoders, count=5, seed=0, batch_size=16)
+    encoders = Encoders(make_encoder(0), make_encoder(1), 3, 8, 16, BACKEND)
+    encoded = encode_some(RunImages(Bare(digits.train), [], encoders), 5, seed=0)
     assert (encoded.kind, encoded.labels, len(encoded.pixels)) == ("training", None, 5)

@@ -230,6 +230,7 @@ def test_a_last_batch_of_one_image_joins_its_neighbour(held_out):
     choose_dtype("auto", CPU) == torch.float32, reason="this processor has no fast bfloat16"
 )
 @pytest.mark.parametrize("name", ["sgd", "muon"])
+@pytest.mark.slow
 def test_bfloat16_learns_as_well_as_float32(held_out, train, name):
     """The recorded runs compare the accuracies, which differ too much between short ones."""
     fresh, _ = held_out(train(count=64, max_steps=1)[0])

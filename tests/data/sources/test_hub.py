@@ -18,6 +18,7 @@ def cifar10_source(path=None):
     return replace(open_source(load_config("config", ["dataset=cifar10"]).dataset), path=path)
 
 
+@pytest.mark.slow
 def test_cifar10_from_a_local_copy_is_decoded_once(cifar10, cache_dir):
     source = cifar10_source(str(cifar10))
     first = open_images(source, 32, cache_dir)
