@@ -16,7 +16,7 @@ from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from client import ClientConfig, make_client_app
 from fedssl.config.compose import load_config

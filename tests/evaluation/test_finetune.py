@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from evaluation.small import COMMON, HEAD, make_data, make_encoder
 
