@@ -131,21 +131,10 @@ def comparison_table() -> list[str]:
     return lines
 
 
-def convolution_table() -> list[str]:
-    """Tabulate how much faster convolutions of small maps are."""
-    lines = head("map", "channels", "PyTorch, ms", "ours, ms", "times faster")
-    for row in json.loads((RESULTS / "convolution.json").read_text())["rows"]:
-        side, times = f"{row['side']} x {row['side']}", (row["plain_ms"], row["winograd_ms"])
-        shown = (f"{milliseconds:.0f}" for milliseconds in times)
-        lines.append(line(side, row["channels"], *shown, f"{row['ratio']:.1f}"))
-    return lines
-
-
 TABLES: dict[str, Callable[[], list[str]]] = {
     "digits": digits_table,
     "budgets": budget_table,
     "comparison": comparison_table,
-    "convolutions": convolution_table,
 }
 
 

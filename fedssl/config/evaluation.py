@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from omegaconf import DictConfig, OmegaConf
 
 from fedssl.config.fields import defaults_of
+from fedssl.config.options import model_of_option
 from fedssl.config.schema import GROUPS
 from fedssl.errors import UserError
 
@@ -58,5 +59,6 @@ def follow_run(settings: DictConfig, config: DictConfig) -> None:
 
 def _own_rates(target: str) -> dict[str, float]:
     """Give the rates that a protocol brings along; none if it follows the head's."""
-    defaults = defaults_of(GROUPS["eval"].models[target])
+    model = GROUPS["eval"].models.get(target) or model_of_option("eval", target)
+    defaults = defaults_of(model) if model else {}
     return {key: defaults[key] for key in OPEN if key in defaults}

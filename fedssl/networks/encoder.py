@@ -104,7 +104,7 @@ class Encoder(ResNet):
 
 
 def _speed_up(network: nn.Module) -> None:
-    """Replace the 3x3 convolutions by those that are fast on small maps."""
+    """Replace the 3x3 convolutions by those that leave out taps on padding alone."""
     for block in network.modules():
         for name, layer in list(block.named_children()):
             if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3) and layer.groups == 1:

@@ -193,10 +193,11 @@ def _clock(seconds: float) -> str:
 def evaluation_title(result: Mapping[str, Any]) -> str:
     """Say in two lines how an evaluation was made."""
     protocol, count = result["protocol"], result["protocol"]["seeds"]
-    title = EVALUATIONS[result["mode"]]
+    title = EVALUATIONS.get(result["mode"], result["mode"].capitalize())
+    epochs = f"{protocol['epochs']} epochs, " if "epochs" in protocol else ""
     return (
         f"{title}: {100 * protocol['label_fraction']:g} % of the labels "
-        f"({result['labelled_images']:,}), {protocol['epochs']} epochs, {count} "
+        f"({result['labelled_images']:,}), {epochs}{count} "
         f"{'seeds' if count > 1 else 'seed'},\ntop-1 on all {result['test_images']:,} test images"
     )
 
