@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
-
-from fedssl.networks.convolution import Conv3x3
 
 BLOCKS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     "resnet18": (BasicBlock, [2, 2, 2, 2]),
@@ -42,6 +41,29 @@ class EncoderSettings:
     std: Sequence[float]
 
 
+class Conv3x3(nn.Conv2d):
+    """A padded 3x3 convolution without bias.
+
+    Small images end as a single pixel long before the last layer; there eight of nine
+    taps would multiply padding and are left out. The result is that of `nn.Conv2d`.
+    """
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> "Conv3x3":
+        """Take over a convolution and its weights."""
+        stride = conv.stride[0], conv.stride[1]
+        new = cls(conv.in_channels, conv.out_channels, 3, stride, 1, bias=False)
+        new.weight = conv.weight
+        return new
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Convolve images (B, C, H, W)."""
+        height, width = images.shape[-2:]
+        if height <= self.stride[0] and width <= self.stride[1]:
+            return F.conv2d(images, self.weight[:, :, 1 : 1 + height, 1 : 1 + width])
+        return super().forward(images)
+
+
 class Encoder(ResNet):
     """A torchvision ResNet without its classifier, the channel statistics taken off its input.
 
@@ -73,7 +95,7 @@ class Encoder(ResNet):
             self.conv1 = nn.Conv2d(3, 64, 3, stride=stride, padding=1, bias=False)
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
             self.maxpool: nn.Module = nn.Identity()
-        _speed_up(self)
+        _leave_padding_out(self)
         for name, value in (("mean", settings.mean), ("std", settings.std)):
             statistics = torch.tensor(value, dtype=torch.float32).view(1, 3, 1, 1)
             self.register_buffer(name, statistics, persistent=False)
@@ -103,7 +125,7 @@ class Encoder(ResNet):
         return normalized.contiguous(memory_format=torch.channels_last)
 
 
-def _speed_up(network: nn.Module) -> None:
+def _leave_padding_out(network: nn.Module) -> None:
     """Replace the 3x3 convolutions by those that leave out taps on padding alone."""
     for block in network.modules():
         for name, layer in list(block.named_children()):
