@@ -23,7 +23,6 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedssl.errors import UserError
-from fedssl.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def read_roster(file: Path) -> tuple[Member, ...]:
 def write_roster(file: Path, members: Iterable[Member]) -> None:
     """Write the members of a federation."""
     text = yaml.safe_dump([asdict(member) for member in members], sort_keys=False, width=1000)
-    write_atomically(file, text.encode())
+    file.write_text(text)
 
 
 def _member(file: Path, number: int, entry: Any) -> Member:
