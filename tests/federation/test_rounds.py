@@ -252,6 +252,28 @@ def test_too_few_results_end_the_run_with_the_reasons(federate):
         federate("min_results=3", tamper=poison(np.nan))
 
 
+def test_who_joined_and_whose_images_vanished_stands_in_the_round(federate):
+    def lose(partition, reply):
+        reply.content["metrics"]["unreadable-images"] = partition
+        reply.content["metrics"]["num-examples"] -= len(lost) * partition
+        lost.append(partition)
+        return reply
+
+    lost = []
+    _, (first, second), _ = federate(tamper=lose)
+    assert [str(event) for event in first.nodes] == [
+        f"partition {number} is connected" for number in range(3)
+    ]
+    assert second.nodes == ()
+    assert [client.unreadable_images for client in second.clients] == [0, 1, 2]
+    assert any(line.startswith("client 2 left out 2 unreadable") for line in first.warnings)
+    assert not any("vanished" in line for line in first.warnings)
+    assert [line.partition(" ")[2][:1] for line in second.warnings if "vanished" in line] == [
+        "1",
+        "2",
+    ]
+
+
 def test_a_drifting_client_is_named_in_a_warning(federate):
     def turn_back(partition, reply):
         if partition == 1:
