@@ -87,16 +87,16 @@ class Membership:
                 del self.holders[partition]
                 self._tell("left", partition)
         self._refused = {node: e for node, e in self._refused.items() if node in connected}
-        self._for_good &= connected.keys()
+        self._for_good = set()
         self.failed &= connected.keys()
         newest = {key: node for node, key in connected.items() if key}
         holding = set(self.holders.values())
         for node, key in connected.items():
             if newest.get(key, node) != node and node not in holding:
                 self._for_good.add(node)  # what is left of a node that came back
-            elif self.members and key not in self.members and node not in self._refused:
-                self._refuse(node, None, "its key is not in nodes_file")
+            elif self.members and key not in self.members:
                 self._for_good.add(node)
+                self._refuse(node, None, "its key is not in nodes_file")
 
     def candidates(self) -> list[int]:
         """List the connected nodes that take part, or might."""
@@ -157,8 +157,6 @@ class Membership:
             self._admit(claim.node, claim.partition)
 
     def _admit(self, node: int, partition: int) -> None:
-        if (earlier := self.holders.get(partition)) not in (None, node):
-            self._for_good.add(earlier)
         self._refused.pop(node, None)
         self.partition_of[node] = partition
         self.holders[partition] = node

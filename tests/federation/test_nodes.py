@@ -370,6 +370,18 @@ def test_a_pinned_node_that_restarts_gets_its_partition_back_beside_its_old_self
     assert len(told) == 1
 
 
+def test_the_older_of_two_nodes_with_one_key_counts_again_when_the_newer_is_gone():
+    grid = pinned()
+    known, told = start(grid, roster=ROSTER, wait_s=5)
+    grid.held[9], grid.keys[9] = 1, SHOWN[1]
+    for _ in range(2):
+        known.wait_for_clients()
+    del grid.held[9]
+    known.wait_for_clients()
+    assert known.get_node_ids() == [1, 2]
+    assert told[-1] == "south (partition 1) is connected again"
+
+
 def test_of_two_nodes_with_one_key_the_newest_counts_at_the_start():
     grid = pinned(n9=1)
     grid.keys[9] = SHOWN[1]
