@@ -48,11 +48,13 @@ class Claim:
     Attributes:
         partition: None where it can't take part.
         failure: why it can't.
+        is_late: it has not answered yet, and perhaps can.
     """
 
     node: int
     partition: int | None
     failure: str = ""
+    is_late: bool = False
 
 
 class Membership:
@@ -144,7 +146,8 @@ class Membership:
         member = self.members.get(self.connected[claim.node])
         self.failed.discard(claim.node)
         if claim.partition is None:
-            self.failed.add(claim.node)
+            if not claim.is_late:
+                self.failed.add(claim.node)
             told = CLAIMED.match(claim.failure)
             own = member.partition if member else int(told[1]) if told else None
             self._refuse(claim.node, own, claim.failure[told.end() if told else 0 :])
@@ -205,11 +208,13 @@ class Query:
     Attributes:
         asked: when, on the monotonic clock.
         awaited: a round waits for the answer.
+        is_late: it is not there in time; it counts when it comes.
     """
 
     node: int
     asked: float
     awaited: bool = True
+    is_late: bool = False
 
 
 class Registration:
@@ -308,9 +313,10 @@ class Registration:
                 self._claims.append(Claim(query.node, None, explain(reply.error)))
         timeout_s = self.patience.timeout_s
         for key, query in list(self._queries.items()):
-            if time.monotonic() >= query.asked + timeout_s:
-                del self._queries[key]
-                self._claims.append(Claim(query.node, None, f"no reply within {timeout_s:g} s"))
+            if not query.is_late and time.monotonic() >= query.asked + timeout_s:
+                self._queries[key] = replace(query, awaited=False, is_late=True)
+                failure = f"no reply within {timeout_s:g} s"
+                self._claims.append(Claim(query.node, None, failure, is_late=True))
 
     def _decide(self, silent: Collection[int], until: float) -> None:
         if not self.started and (twice := self.membership.find_twice(self._claims)) is not None:

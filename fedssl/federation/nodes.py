@@ -115,8 +115,10 @@ class Nodes:
                 registration.start()
                 return
             if now >= next_report:
-                left, refused = max(0, deadline - now), self.membership.describe_refusals()
-                self.report(f"{self._have()}; waiting at most {left:.0f} s for the others{refused}")
+                left = f"at most {max(0, deadline - now):.0f} s for the others"
+                what = "for their answers" if registration.is_open else left
+                refused = self.membership.describe_refusals()
+                self.report(f"{self._have()}; waiting {what}{refused}")
                 next_report = now + REPORT_EVERY_S
             quick = registration.is_waiting or not self.membership.connected
             self._pause(REPLY_POLL_S if quick else POLL_S)

@@ -275,6 +275,32 @@ def test_an_incomplete_round_waits_for_a_newcomer_no_longer_than_for_a_node():
     assert told[-1] == "a node is refused: no reply within 0.4 s"
 
 
+def test_a_late_answer_counts_when_it_comes():
+    """Images may be decoded for longer than a round waits for replies."""
+    grid = Grid(n1=0, n2=1)
+    told = []
+
+    def slow(messages, push=grid.push_messages):
+        ids = push(messages)
+        late.extend(grid.replies)
+        grid.replies.clear()
+        return ids
+
+    def answer(line):
+        told.append(line)
+        if "refused" in line:
+            grid.replies.extend(late)
+
+    late, grid.push_messages = [], slow
+    known = make_nodes(grid, 2, wait_s=5, timeout_s=0.2, report=answer)
+    known.wait_for_clients()
+    assert known.get_node_ids() == [1, 2]
+    assert told[0] == "2 of 2 nodes are connected; waiting for their answers"
+    assert "a node is refused: no reply within 0.2 s" in told
+    assert sorted(told[-2:]) == ["partition 0 is connected", "partition 1 is connected"]
+    assert grid.asked == [1, 2]
+
+
 def test_the_wait_names_the_partitions_that_are_there_missing_and_refused(monkeypatch):
     grid = Grid(n1=0, n2=1, n3=2)
     known, told = start(grid, least=3, wait_s=0.3, count=3)
