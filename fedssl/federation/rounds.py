@@ -218,7 +218,7 @@ class Federation:
             reasons = name_some([f"{f.who}: {f.reason}" for f in map(self._named, failures)])
             raise RuntimeError(
                 f"round {round_number}: {len(updates)} of {len(updates) + len(failures)} clients "
-                f"came back, min_results={needed} are needed ({reasons})"
+                f"came back, min_results={needed} are needed{f' ({reasons})' if reasons else ''}"
                 f"{self.nodes.membership.describe_refusals()}"
             )
 
