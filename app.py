@@ -10,6 +10,7 @@ folder of its own. `client1` and `client2` hold the two halves.
 """
 
 import logging
+import os
 import shlex
 from functools import lru_cache, partial
 from pathlib import Path
@@ -23,9 +24,10 @@ from fedssl.config.compose import load_config
 from fedssl.config.moved import modernize_overrides
 from fedssl.data.image_set import ImageSet
 from fedssl.errors import UserError
-from utils import open_images, open_run, open_source, read_config, run_rounds
+from utils import open_images, open_membership, open_run, open_source, read_config, run_rounds
 
 DEFAULTS = ["num_clients=2"]
+PRIVATE = 0o077  # the umask: what the server writes is for its own user
 HALVES = {"client1": 0, "client2": 1}
 log = logging.getLogger("flwr")
 
@@ -102,7 +104,9 @@ def main(grid: Grid, context: Context) -> None:
     # Imported here: on SuperNodes every message starts a process that imports this module.
     from fedssl.reporting.log import log_round
 
+    os.umask(PRIVATE)
     config = read_config(config_text(context))
+    membership = open_membership(config)
     overrides, notices = modernize_overrides(overrides_of(context))
     for notice in notices:
         log.info(notice)
@@ -110,6 +114,14 @@ def main(grid: Grid, context: Context) -> None:
     directory = Path(config.run_dir)
     run, checkpoint = open_run(config, directory, image_set, overrides, log.info)
     log.info("the run's directory is %s", run.path)
-    on_round = partial(log_round, log)
-    run_rounds(config, grid, run, image_set, on_round, checkpoint=checkpoint, report=log.info)
+    run_rounds(
+        config,
+        grid,
+        run,
+        image_set,
+        partial(log_round, log),
+        checkpoint=checkpoint,
+        report=log.info,
+        membership=membership,
+    )
     log.info("everything is in %s; python test.py evaluates it", run.path)

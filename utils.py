@@ -17,6 +17,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from fedssl.compute import Backend, choose_backend
+from fedssl.config.roster import read_roster
 from fedssl.data import partitions
 from fedssl.data.cache import Report, open_image_set
 from fedssl.data.image_set import Images, ImageSet
@@ -25,7 +26,8 @@ from fedssl.data.sources.folder import own_folder
 from fedssl.data.views import Augmentation, make_augmentation
 from fedssl.errors import UserError
 from fedssl.federation.aggregation import build_strategy, fraction_train
-from fedssl.federation.nodes import Nodes, Patience, no_op
+from fedssl.federation.membership import Membership, Patience
+from fedssl.federation.nodes import Nodes, no_op
 from fedssl.federation.resources import (
     ClientResources,
     clients_per_round,
@@ -211,8 +213,14 @@ def plan_simulation(config: DictConfig) -> ClientResources:
     """Share the machines among the clients that train at a time.
 
     Raises:
-        UserError: more is asked for than there is, or the strategy can't be used.
+        UserError: more is asked for than there is, the strategy can't be used, or nodes
+            are named, which a simulation does not have.
     """
+    if config.nodes_file is not None:
+        raise UserError(
+            f"nodes_file={config.nodes_file}: a simulation has no nodes; leave it out, or start "
+            "flower-server-app"
+        )
     share = fraction_train(build_strategy(plain(config.strategy)))
     sampled = clients_per_round(config.num_clients, share)
     machines = find_machines(config.ray_address)
@@ -222,8 +230,33 @@ def plan_simulation(config: DictConfig) -> ClientResources:
 def build_patience(config: DictConfig) -> Patience:
     """Build how long to wait for clients; min_nodes=null means all of them."""
     least = config.min_nodes or config.num_clients
-    participants = frozenset(config.participants)
-    return Patience(least, config.node_wait_s, config.round_timeout_s, participants)
+    return Patience(
+        least,
+        config.node_wait_s,
+        config.round_timeout_s,
+        frozenset(config.participants),
+        config.num_clients,
+    )
+
+
+def open_membership(config: DictConfig) -> Membership:
+    """Read which nodes may take part; without a file, any may.
+
+    Raises:
+        UserError: no such file, something else in it, or too few nodes.
+    """
+    if config.nodes_file is None:
+        return Membership()
+    roster = read_roster(Path(config.nodes_file).expanduser())
+    given = f"nodes_file={config.nodes_file}: names {len(roster)} nodes"
+    for key in ("num_clients", "min_nodes", "min_results"):
+        if (config[key] or 0) > len(roster):
+            raise UserError(f"{given}, {key}={config[key]}: add the others, or give a lower {key}")
+    partitions = [member.partition for member in roster]
+    for partition in config.participants:
+        if partition not in partitions:
+            raise UserError(f"{given}, of partitions {partitions}; participants has {partition}")
+    return Membership(roster)
 
 
 def build_federation(
@@ -274,6 +307,7 @@ def run_rounds(
     on_progress: ProgressCallback = no_op,
     report: Callable[[str], None] = no_op,
     stop: Event | None = None,
+    membership: Membership | None = None,
 ) -> None:
     """Run the rounds that are left, then write encoder and loss graph: main.py's and app.py's core.
 
@@ -282,14 +316,15 @@ def run_rounds(
         on_progress: called as clients answer.
         report: told, in a line, of waiting and of nodes that come and go.
         stop: set by another thread to end all waiting.
+        membership: decides who may take part; by default whoever comes first.
 
     Raises:
         RuntimeError: too few clients, or files can't be written.
     """
     from fedssl.reporting.figures import draw_loss_graph  # no client needs these two
-    from fedssl.reporting.tensorboard import TensorboardWriter
+    from fedssl.reporting.log import TensorboardWriter
 
-    nodes = Nodes(grid, build_patience(config), report, stop)
+    nodes = Nodes(grid, build_patience(config), report, stop, membership)
     federation = build_federation(config, nodes, run, image_set, checkpoint)
     with TensorboardWriter(run.path, purge_step=federation.done + 1) as events:
 

@@ -1,15 +1,22 @@
 """app.py: how a client learns its configuration and its partition."""
 
 import logging
+import os
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from federation.test_rounds import FAST, ShuffledGrid
 from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from omegaconf import OmegaConf
 
 import app
+from fedssl.config.compose import load_config
+from fedssl.config.roster import Member, write_roster
 from fedssl.errors import UserError
+from utils import open_membership, plan_simulation
 
 
 def context(overrides="", **node_config):
@@ -73,6 +80,58 @@ def test_a_node_that_says_too_little_gets_one_line(node):
 def test_a_partition_out_of_range_gets_one_line():
     with pytest.raises(UserError, match="must be from 0 to 1"):
         app.identify(context(**{"partition-id": 2, "num-partitions": 2}))
+
+
+@pytest.fixture
+def open_umask():
+    earlier = os.umask(0o022)
+    yield
+    os.umask(earlier)
+
+
+def test_what_the_server_writes_is_for_its_own_user(config, tmp_path, open_umask):
+    """Also below folders that others may read."""
+    given = f"num_rounds=1 train.max_steps=1 train.local_epochs=1 {FAST} precision=float32"
+    places = f"'output_dir={tmp_path}' 'cache_dir={config.cache_dir}'"
+    asked = context(f"{given} {places}")
+    app.main(ShuffledGrid(OmegaConf.create(app.config_text(asked))), asked)
+    run = (tmp_path / "latest").resolve()
+    written = [run, *run.rglob("*")]
+    assert {file.name for file in written} >= {"metrics.jsonl", "encoder.safetensors"}
+    for file in written:
+        assert file.stat().st_mode & 0o777 == (0o700 if file.is_dir() else 0o600), file
+
+
+def roster_of(folder, *partitions):
+    members = []
+    for number in partitions:
+        key = ec.generate_private_key(ec.SECP384R1()).public_key()
+        text = key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+        members.append(Member(number, f"site{number}", text))
+    write_roster(folder / "nodes.yaml", members)
+    return f"nodes_file={folder}/nodes.yaml"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["num_clients=3"], "names 2 nodes, num_clients=3: add the others"),
+        (["min_nodes=3"], "names 2 nodes, min_nodes=3"),
+        (["participants=[5]"], r"names 2 nodes, of partitions \[0, 1\]; participants has 5"),
+        (["nodes_file=/nowhere.yaml"], "/nowhere.yaml: can't be read"),
+    ],
+)
+def test_a_roster_that_does_not_suit_the_run_gets_one_line(tmp_path, overrides, message):
+    asked = context(" ".join([roster_of(tmp_path, 0, 1), *overrides]))
+    with pytest.raises(UserError, match=message):
+        app.main(None, asked)
+
+
+def test_a_roster_names_the_nodes(tmp_path):
+    config = load_config("config", ["num_clients=2", roster_of(tmp_path, 0, 1)])
+    assert open_membership(config).names == {0: "site0", 1: "site1"}
+    with pytest.raises(UserError, match="a simulation has no nodes"):
+        plan_simulation(config)
 
 
 def test_errors_that_explain_themselves_come_without_a_traceback(caplog):

@@ -57,6 +57,9 @@ class MainSettings(Section):
     min_nodes: int | None = Field(
         default=None, ge=1, description="clients that a round waits for; null: num_clients"
     )
+    nodes_file: str | None = Field(
+        default=None, description="nodes.yaml, of the nodes that may join; null: any may"
+    )
     node_wait_s: int = Field(default=600, ge=0, description="seconds to wait for them")
     round_timeout_s: int = Field(default=3600, gt=0, description="seconds to wait for replies")
     min_results: int = Field(

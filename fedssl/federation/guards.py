@@ -16,6 +16,7 @@ from fedssl.runs.metrics import ClientMetrics, Failure
 
 REPRESENTATION = ("alignment", "uniformity", "effective-rank")
 TRAINED = ("num-examples", "train-loss", "images", "images-per-second")
+EXTRA = ("unreadable-images", "cores")  # whole numbers that clients may tell
 EVALUATED = ("num-examples", "eval-loss", *REPRESENTATION)
 MAX_EXAMPLES = 2**40  # more images than any client holds
 
@@ -95,8 +96,20 @@ def read_update(
         check_state(state, expected)
         if names is not None and list(reply.content[ARRAYS]) != list(names):
             raise ValueError("its arrays are not those of the request, in their order")
+    metrics |= _take_extra(reply.content)
     _check_records(reply.content, training=expected is not None)
     return Update(partition, int(num_examples), metrics, state, reply)
+
+
+def _take_extra(content: RecordDict) -> dict[str, float]:
+    """Take out of the metrics what only some clients tell, which strategies can't average."""
+    record = content.metric_records[METRICS]
+    told = _read_metrics(content, [name for name in EXTRA if name in record])
+    for name, value in told.items():
+        if value != int(value) or not 0 <= value <= MAX_EXAMPLES:
+            raise ValueError(f"{name} is {value:g}")
+        del record[name]
+    return told
 
 
 def _check_records(content: RecordDict, training: bool) -> None:
@@ -274,10 +287,18 @@ def client_metrics(
             cosine=update.cosine,
             images=int(update.metrics["images"]),
             images_per_second=update.metrics["images-per-second"],
+            unreadable_images=_whole(update.metrics.get("unreadable-images")),
+            cores=_whole(update.metrics.get("cores")),
         )
         for update in updates
     }
     for update in evaluations:
         client = found.get(update.partition, ClientMetrics(update.partition))
-        found[update.partition] = replace(client, eval_loss=update.metrics["eval-loss"])
+        found[update.partition] = replace(
+            client, eval_loss=update.metrics["eval-loss"], num_held_out=update.num_examples
+        )
     return tuple(found[partition] for partition in sorted(found))
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else int(value)

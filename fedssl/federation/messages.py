@@ -10,11 +10,12 @@ config record the rest of the model's state, such as BatchNorm's counters, which
 a server optimizer nor a clipping mod may touch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
+from flwr.common.constant import ErrorCode
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -22,6 +23,13 @@ from torch import Tensor
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"  # records of a message
 BUFFERS = "buffers"  # an entry of the config record, and the config record of a reply
 PACKED = "safetensors"
+ABSENCES = (  # error codes of messages that no client has answered
+    ErrorCode.MESSAGE_UNAVAILABLE,
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+    ErrorCode.NODE_UNAVAILABLE,
+)
+DIED = "its process died, killed or for want of memory"
+MAX_REASON = 300  # characters of what a client says of its failure
 
 
 def pack_tensors(state: Mapping[str, Tensor]) -> bytes:
@@ -111,6 +119,38 @@ def read_state(content: RecordDict) -> dict[str, Tensor]:
     return state | rest
 
 
+def pack_messages(messages: Iterable[Message]) -> list[Message]:
+    """Pack the arrays of messages for the way; those that share a record are packed once."""
+    packed: dict[int, ArrayRecord] = {}
+    messages = list(messages)
+    for message in messages:
+        arrays = message.content.get(ARRAYS)
+        if not isinstance(arrays, ArrayRecord) or is_packed(arrays):  # sent before
+            continue
+        if id(arrays) not in packed:
+            packed[id(arrays)] = pack_arrays(arrays)
+        message.content = RecordDict({**message.content, ARRAYS: packed[id(arrays)]})
+    return messages
+
+
+def unpack_reply(reply: Message) -> None:
+    """Take the arrays of a reply, if it has any, out of their packing.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    if isinstance(arrays := reply.content.get(ARRAYS), ArrayRecord):
+        reply.content[ARRAYS] = unpack_arrays(arrays)
+
+
+def repeat_message(message: Message) -> Message:
+    """Make the same message anew; Flower gives each an identity of its own."""
+    metadata = message.metadata
+    return Message(
+        message.content, metadata.dst_node_id, metadata.message_type, group_id=metadata.group_id
+    )
+
+
 def packed_transport(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Unpack a message at the client's door, and pack its reply: the outermost of Flower's mods."""
     if ARRAYS in message.content:
@@ -119,3 +159,23 @@ def packed_transport(message: Message, context: Context, call_next: ClientAppCal
     if reply.has_content() and ARRAYS in reply.content:
         reply.content[ARRAYS] = pack_arrays(reply.content.array_records[ARRAYS])
     return reply
+
+
+def explain(error: Error) -> str:
+    """Say in one line what an error reply means.
+
+    Flower wraps a client's own line as "<class '...'>:<'line'>", and in a
+    simulation Ray's account of the failure lies around it.
+    """
+    if error.code == ErrorCode.NODE_UNAVAILABLE:
+        return "its node is gone, no heartbeat any more"
+    text = (error.reason or "no reason given").strip().removesuffix("'>")
+    if "ActorDiedError" in text or "ActorUnavailableError" in text:
+        return DIED
+    for mark in (" occurred. Message:", ":<'"):
+        if mark in text:
+            text = text.rpartition(mark)[2]
+            break
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    line = lines[0] if lines else "no reason given"
+    return "".join(c if c.isprintable() else "?" for c in line[:MAX_REASON])

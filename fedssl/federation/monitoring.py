@@ -1,6 +1,6 @@
-"""What looks like a collapse of the representation or a drifting client."""
+"""What looks like a collapse of the representation, a drifting client or lost images."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median_low
 
 from fedssl.runs.metrics import ClientMetrics, RoundMetrics
@@ -11,8 +11,12 @@ DRIFTING_NORM = 3.0  # times the clients' median
 DRIFTING_COSINE = -0.2  # below: against what the others learned; 0 is no relation
 
 
-def find_warnings(metrics: RoundMetrics) -> list[str]:
-    """Say of a round's numbers what looks like a collapse or a drifting client."""
+def find_warnings(metrics: RoundMetrics, earlier: Mapping[int, int] | None = None) -> list[str]:
+    """Say of a round's numbers what looks wrong.
+
+    Args:
+        earlier: how many images each partition trained on when it last did.
+    """
     found = []
     uniformity, rank = metrics.uniformity, metrics.effective_rank
     if uniformity is not None and uniformity > COLLAPSED_UNIFORMITY:
@@ -25,7 +29,25 @@ def find_warnings(metrics: RoundMetrics) -> list[str]:
             f"the representation has collapsed to a line (effective rank {rank:.2f}); lower "
             "the learning rate or raise train.batch_size"
         )
-    return found + _find_drift(metrics.clients)
+    found += _find_drift(metrics.clients)
+    return found + _find_images(metrics.clients, earlier or {})
+
+
+def _find_images(clients: Sequence[ClientMetrics], earlier: Mapping[int, int]) -> list[str]:
+    """Say whose images can't be read, have vanished or have become more."""
+    found = []
+    for client in clients:
+        now, before = client.num_examples, earlier.get(client.partition)
+        if now is not None and before is not None and now != before:
+            what = "some have vanished" if now < before else "some were added"
+            found.append(f"{client.who} trained on {now} images, {before} before: {what}")
+        if unread := client.unreadable_images:
+            every = (
+                f" of {unread + now + client.num_held_out}" if now and client.num_held_out else ""
+            )
+            images = "image" if unread == 1 else "images"
+            found.append(f"{client.who} left out {unread} unreadable {images}{every}")
+    return found
 
 
 def _find_drift(clients: Sequence[ClientMetrics]) -> list[str]:
@@ -36,7 +58,7 @@ def _find_drift(clients: Sequence[ClientMetrics]) -> list[str]:
     usual = median_low(norms.values())
     for client in clients:
         norm, cosine = norms.get(client.partition), client.cosine
-        name = f"client {client.partition} drifts away"
+        name = f"{client.who} drifts away"
         if norm is None:
             continue
         if norm > DRIFTING_NORM * usual > 0:

@@ -4,7 +4,7 @@ import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from typing import Protocol, TypeVar, cast
 
 from flwr.app import ConfigRecord, Message, MessageType
 from flwr.serverapp import Grid
@@ -31,10 +31,11 @@ from fedssl.networks.encoder import Encoder
 from fedssl.networks.state import load_state
 from fedssl.runs.checkpoints import Checkpoint, save_checkpoint
 from fedssl.runs.directory import RunDirectory
-from fedssl.runs.metrics import Failure, Progress, RoundMetrics
+from fedssl.runs.metrics import ClientMetrics, Failure, Progress, RoundMetrics
 from fedssl.seeding import derive_seed
 
 OnRound = Callable[[RoundMetrics], None]
+OfClient = TypeVar("OfClient", ClientMetrics, Failure)
 ProgressCallback = Callable[[Progress], None]
 
 
@@ -90,6 +91,9 @@ class Federation:
         self.settings, self.run, self.monitor = settings, run, monitor
         self.names = arrays_for_strategy(method, acts_on)
         self.done = 0
+        self.sizes: dict[int, int] = {}  # images of each partition when it last trained
+        for metrics in run.read_metrics():
+            self._note_sizes(metrics)
         if checkpoint:
             load_state(self.method, checkpoint.state)
             load_strategy_state_dict(self.strategy, checkpoint.strategy)
@@ -150,10 +154,20 @@ class Federation:
             seconds_knn=round(ended - evaluated, 3),
             images_per_second=sum(u.metrics["images"] for u in updates) / (trained - began),
             bytes_moved=self._shared_bytes() * (2 * len(updates) + len(evaluations)),
-            clients=client_metrics(updates, evaluations),
-            failures=tuple(failures + absent),
+            clients=tuple(map(self._named, client_metrics(updates, evaluations))),
+            failures=tuple(map(self._named, failures + absent)),
+            nodes=self.nodes.take_events(),
         )
-        return replace(metrics, warnings=tuple(find_warnings(metrics)))
+        metrics = replace(metrics, warnings=tuple(find_warnings(metrics, self.sizes)))
+        self._note_sizes(metrics)
+        return metrics
+
+    def _named(self, part: OfClient) -> OfClient:
+        return replace(part, name=self.nodes.membership.names.get(part.partition))
+
+    def _note_sizes(self, metrics: RoundMetrics) -> None:
+        counts = {client.partition: client.num_examples for client in metrics.clients}
+        self.sizes |= {partition: count for partition, count in counts.items() if count}
 
     def _train(
         self, round_number: int, on_progress: ProgressCallback
@@ -201,10 +215,11 @@ class Federation:
         """Make sure that enough clients came back for an average."""
         needed = self.settings.min_results
         if len(updates) < needed:
-            reasons = name_some([f"client {f.partition}: {f.reason}" for f in failures])
+            reasons = name_some([f"{f.who}: {f.reason}" for f in map(self._named, failures)])
             raise RuntimeError(
                 f"round {round_number}: {len(updates)} of {len(updates) + len(failures)} clients "
-                f"came back, min_results={needed} are needed ({reasons})"
+                f"came back, min_results={needed} are needed{f' ({reasons})' if reasons else ''}"
+                f"{self.nodes.membership.describe_refusals()}"
             )
 
     def _shared_bytes(self) -> int:

@@ -127,7 +127,7 @@ class RoundProgress(Waiting):
             print_line(_table_line(place, metrics.texts(Where.TABLE)))
         margin = f"round {metrics.round}: " if self.quiet else " " * 11
         for failure in metrics.failures:
-            line = f"client {failure.partition} failed: {failure.reason}"
+            line = f"{failure.who} failed: {failure.reason}"
             _complain(margin + line, "error", self.quiet)
         for warning in metrics.warnings:
             _complain(f"{margin}{WARNING}{warning}", "warning", self.quiet)

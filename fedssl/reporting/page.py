@@ -48,6 +48,7 @@ def write_report(
                 ],
                 pictures=pictures,
                 troubles=list_troubles(rounds),
+                nodes=list_nodes(rounds),
                 columns=headings,
                 rounds=lines,
                 overrides=run.read_overrides(),
@@ -76,10 +77,19 @@ def list_troubles(rounds: Sequence[RoundMetrics]) -> list[tuple[int, str]]:
     """List the failures and warnings of all rounds, with their round."""
     found = []
     for metrics in rounds:
-        for failure in metrics.failures:
-            text = f"client {failure.partition} failed: {failure.reason}"
-            found.append((metrics.round, text))
+        found += [(metrics.round, f"{f.who} failed: {f.reason}") for f in metrics.failures]
         found += [(metrics.round, f"{WARNING}{warning}") for warning in metrics.warnings]
+    return found
+
+
+def list_nodes(rounds: Sequence[RoundMetrics]) -> list[tuple[int, str]]:
+    """List which nodes came, went or were refused, with the round before which they did."""
+    found = []
+    for metrics in rounds:
+        here = [event.who for event in metrics.nodes if event.event == "joined"]
+        if here:
+            found.append((metrics.round, f"joined: {', '.join(here)}"))
+        found += [(metrics.round, str(e)) for e in metrics.nodes if e.event != "joined"]
     return found
 
 

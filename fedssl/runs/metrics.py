@@ -53,8 +53,20 @@ def shown(*how: Any, **more: Any) -> Any:
     return field(default=None, metadata={"shown": Shown(*how, **more)})
 
 
+class Named:
+    """Something about the client of a partition, which may have a name."""
+
+    partition: int
+    name: str | None
+
+    @property
+    def who(self) -> str:
+        """The client's name, or its partition's number."""
+        return self.name or f"client {self.partition}"
+
+
 @dataclass(frozen=True)
-class ClientMetrics:
+class ClientMetrics(Named):
     """A client's numbers of a round; what it did not take part in is None.
 
     Attributes:
@@ -62,6 +74,10 @@ class ClientMetrics:
         update_norm: Euclidean length of the way from the global parameters to its own.
         cosine: between its update and the sum of the others' updates.
         images: that its steps used, each time they did.
+        num_held_out: images that it was evaluated on.
+        unreadable_images: files that it left out.
+        cores: of the CPU that it took.
+        name: of its node, where the run knows names.
     """
 
     partition: int
@@ -72,14 +88,51 @@ class ClientMetrics:
     cosine: float | None = field(default=None, metadata={"curve": True})
     images: int | None = None
     images_per_second: float | None = None
+    num_held_out: int | None = None
+    unreadable_images: int | None = None
+    cores: int | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True)
-class Failure:
+class Failure(Named):
     """A client that is left out of a round, and the reason in one line."""
 
     partition: int
     reason: str
+    name: str | None = None
+
+
+HAPPENED = {"joined": "is connected", "back": "is connected again", "left": "is gone"}
+
+
+@dataclass(frozen=True)
+class NodeEvent:
+    """A node that came, went or was kept out.
+
+    Attributes:
+        event: "joined", "back", "left" or "refused".
+        partition: that it holds or claims; None where nobody knows.
+        name: of the node, where the run knows names.
+        reason: why it is refused.
+    """
+
+    event: str
+    partition: int | None = None
+    name: str | None = None
+    reason: str = ""
+
+    @property
+    def who(self) -> str:
+        """The node's name and partition, as far as they are known."""
+        if self.partition is None:
+            return self.name or "a node"
+        number = f"partition {self.partition}"
+        return f"{self.name} ({number})" if self.name else number
+
+    def __str__(self) -> str:
+        happened = HAPPENED.get(self.event, self.event)
+        return f"{self.who} {f'is refused: {self.reason}' if self.reason else happened}"
 
 
 @dataclass(frozen=True)
@@ -130,6 +183,7 @@ class RoundMetrics:
     clients: tuple[ClientMetrics, ...] = ()
     failures: tuple[Failure, ...] = ()
     warnings: tuple[str, ...] = ()
+    nodes: tuple[NodeEvent, ...] = ()
 
     @classmethod
     def numbers(cls, where: Where) -> Iterator[tuple[str, Shown]]:
@@ -158,12 +212,12 @@ class RoundMetrics:
         return {tag: value for tag, value in found.items() if value is not None}
 
     def to_json(self) -> dict[str, Any]:
-        """Give what a line of metrics.jsonl holds; a client's missing numbers are left out."""
-        clients = [
-            {name: value for name, value in asdict(client).items() if value is not None}
-            for client in self.clients
-        ]
-        return asdict(self) | {"clients": clients}
+        """Give what a line of metrics.jsonl holds; what a client or node lacks is left out."""
+        told = {
+            key: [_given(each) for each in getattr(self, key)]
+            for key in ("clients", "failures", "nodes")
+        }
+        return asdict(self) | told
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> "RoundMetrics":
@@ -179,6 +233,7 @@ class RoundMetrics:
         try:
             values["clients"] = tuple(_client(client) for client in line["clients"])
             values["failures"] = tuple(Failure(**failure) for failure in line["failures"])
+            values["nodes"] = tuple(NodeEvent(**event) for event in line.get("nodes", ()))
             values["warnings"] = tuple(line.get("warnings", ()))
             metrics = cls(**values)
         except (TypeError, AttributeError) as error:
@@ -188,6 +243,11 @@ class RoundMetrics:
         if odd or not isinstance(metrics.round, int):
             raise ValueError(f"no round of a run ({(odd or ['round'])[0]} is no number)")
         return metrics
+
+
+def _given(part: Any) -> dict[str, Any]:
+    """List what a client's numbers, a failure or an event hold."""
+    return {key: value for key, value in asdict(part).items() if value not in (None, "")}
 
 
 def _client(line: Mapping[str, Any]) -> ClientMetrics:

@@ -12,6 +12,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedssl.federation.guards import (
     Update,
+    client_metrics,
     count_images,
     read_update,
     reject_odd_metrics,
@@ -185,6 +186,24 @@ def test_replies_are_parted_into_updates_and_failures_that_are_named():
     updates, failures = validate_replies(answers, partition_of, EXPECTED, ["a"])
     assert [update.partition for update in updates] == [1, 2]
     assert failures == [Failure(3, "out of memory"), Failure(0, "images is missing")]
+
+
+def test_what_only_some_clients_tell_is_kept_from_the_strategy():
+    """Strategies average all metrics, and end the run where one client lacks a name."""
+    told = reply(**{"unreadable-images": 1, "cores": 2})
+    made = [read_update(0, told, EXPECTED), read_update(1, reply(), EXPECTED)]
+    assert reject_odd_metrics(made) == (made, [])
+    assert told.content["metrics"].keys() == SOUND.keys()
+    first, second = client_metrics(made, [read_update(0, evaluation(), None)])
+    assert (first.unreadable_images, first.cores, first.num_held_out) == (1, 2, 5)
+    assert (second.unreadable_images, second.cores, second.num_held_out) == (None, None, None)
+
+
+@pytest.mark.parametrize("wrong", [-1, 0.5, math.nan, 2**60, [1]])
+@pytest.mark.parametrize("name", ["unreadable-images", "cores"])
+def test_what_clients_tell_beside_must_be_counts(name, wrong):
+    with pytest.raises(ValueError, match=f"{name} is "):
+        read_update(4, reply(**{name: wrong}), EXPECTED)
 
 
 def updates_with(*metrics):

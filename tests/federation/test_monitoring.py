@@ -1,5 +1,7 @@
 """What looks like a collapse or a drifting client, and what does not."""
 
+from dataclasses import replace
+
 import pytest
 
 from fedssl.federation.monitoring import find_warnings
@@ -41,6 +43,41 @@ def test_a_sound_round_gives_no_warning(sound):
 def test_each_trouble_is_named(wrong, message):
     (warning,) = find_warnings(round_of(**wrong))
     assert message in warning
+
+
+def images_of(*counts, **more):
+    clients = tuple(ClientMetrics(n, num_examples=count) for n, count in enumerate(counts))
+    return replace(round_of(), clients=(*clients[:-1], replace(clients[-1], **more)))
+
+
+@pytest.mark.parametrize(
+    ("earlier", "expected"),
+    [
+        ({}, []),
+        ({0: 90, 1: 180}, []),
+        ({0: 90, 1: 270}, ["client 1 trained on 180 images, 270 before: some have vanished"]),
+        ({0: 90, 1: 100}, ["client 1 trained on 180 images, 100 before: some were added"]),
+    ],
+)
+def test_images_that_vanish_or_are_added_are_told(earlier, expected):
+    assert find_warnings(images_of(90, 180), earlier) == expected
+
+
+def test_who_only_evaluated_has_lost_no_images():
+    assert find_warnings(images_of(90, None), {0: 90, 1: 180}) == []
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({"unreadable_images": 0, "num_held_out": 4}, []),
+        ({"unreadable_images": 1, "num_held_out": 4}, ["left out 1 unreadable image of 41"]),
+        ({"unreadable_images": 3}, ["left out 3 unreadable images"]),
+    ],
+)
+def test_images_that_cannot_be_read_are_told_by_the_name_of_the_node(told, expected):
+    found = find_warnings(images_of(36, name="north", **told))
+    assert found == [f"north {line}" for line in expected]
 
 
 def test_a_collapse_and_a_drift_are_both_told():

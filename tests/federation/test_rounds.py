@@ -58,7 +58,13 @@ class ShuffledGrid(LocalGrid):
 def federate(config, digits, tmp_path):
     """Train with some overrides; return the federation after its rounds."""
 
-    def run(*overrides, tamper=lambda partition, reply: reply, checkpoint=None, on_progress=no_op):
+    def run(
+        *overrides,
+        tamper=lambda partition, reply: reply,
+        checkpoint=None,
+        on_progress=no_op,
+        names=(),
+    ):
         given = [f"cache_dir={config.cache_dir}", "num_clients=3", "num_rounds=2", "num_cpus=2"]
         given += ["train.max_steps=1", "train.local_epochs=1", "precision=float32", FAST]
         changed = load_config("config", [*given, f"output_dir={tmp_path}", *overrides])
@@ -66,6 +72,7 @@ def federate(config, digits, tmp_path):
         rounds = []
         grid = ShuffledGrid(changed, tamper)
         nodes = Nodes(grid, build_patience(changed))
+        nodes.membership.names.update(names)
         federation = build_federation(changed, nodes, directory, digits, checkpoint)
         federation.train(rounds.append, on_progress)
         assert directory.read_metrics() == rounds
@@ -198,9 +205,9 @@ def test_a_round_leaves_its_metrics_and_files(federate, config):
     assert row.bytes_moved == pytest.approx(9 * size, rel=0.01)  # 3 clients: out, back, out
 
 
-def poison(value):
+def poison(value, at=1):
     def tamper(partition, reply):
-        if partition == 1:
+        if partition == at:
             change(reply, lambda s: s["encoder.conv1.weight"][0, 0, 0, :1].fill_(value))
         return reply
 
@@ -250,6 +257,45 @@ def test_too_few_results_end_the_run_with_the_reasons(federate):
         RuntimeError, match=r"2 of 3 clients came back, min_results=3 .*client 1: array"
     ):
         federate("min_results=3", tamper=poison(np.nan))
+
+
+def test_the_end_of_a_run_names_its_clients_and_who_was_refused(federate, monkeypatch):
+    import client
+
+    def refuse(who, state, message, context, answer=client.query_reply):
+        if who.partition == 1:
+            return Message(Error(2, "<class 'X'>:<'partition 1: no image'>"), reply_to=message)
+        return answer(who, state, message, context)
+
+    monkeypatch.setattr(client, "query_reply", refuse)
+    few = ["min_nodes=2", "min_results=3"]
+    with pytest.raises(RuntimeError) as caught:
+        federate(*few, tamper=poison(np.nan, at=2), names={1: "south", 2: "west"})
+    assert str(caught.value).startswith("round 1: 1 of 2 clients came back, min_results=3 are ")
+    assert "(west: array " in str(caught.value)
+    assert str(caught.value).endswith("; refused: south (partition 1): no image")
+
+
+def test_who_joined_and_whose_images_vanished_stands_in_the_round(federate):
+    def lose(partition, reply):
+        reply.content["metrics"]["unreadable-images"] = partition
+        reply.content["metrics"]["num-examples"] -= len(lost) * partition
+        lost.append(partition)
+        return reply
+
+    lost = []
+    _, (first, second), _ = federate(tamper=lose)
+    assert [str(event) for event in first.nodes] == [
+        f"partition {number} is connected" for number in range(3)
+    ]
+    assert second.nodes == ()
+    assert [client.unreadable_images for client in second.clients] == [0, 1, 2]
+    assert any(line.startswith("client 2 left out 2 unreadable") for line in first.warnings)
+    assert not any("vanished" in line for line in first.warnings)
+    assert [line.partition(" ")[2][:1] for line in second.warnings if "vanished" in line] == [
+        "1",
+        "2",
+    ]
 
 
 def test_a_drifting_client_is_named_in_a_warning(federate):

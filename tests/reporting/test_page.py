@@ -9,6 +9,7 @@ import torch
 from browser import CHROMIUM, Browser
 from conftest import CPU, create_run
 from federation.test_rounds import FAST, ShuffledGrid
+from runs.test_metrics import EVENTS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fedssl.compute import Backend
@@ -42,7 +43,8 @@ def finished(tmp_path_factory, cache_dir, digits):
 
     run_rounds(config, ShuffledGrid(config), run, digits, look)
     first, second = run.read_metrics()
-    run.write_metrics([first, replace(second, failures=(Failure(2, REASON),))])
+    failures = Failure(2, REASON), Failure(1, "no memory", "south")
+    run.write_metrics([first, replace(second, failures=failures, nodes=EVENTS)])
     evaluate_run(run, config, config.eval, digits, run.last_checkpoint())
     report_run(run, config, config.figures, digits)
     return run, config, shown
@@ -74,6 +76,16 @@ def test_the_page_holds_the_runs_numbers_settings_and_origin(finished, page):
         assert text in page
     assert page.count("data:image/png;base64,") == 6
     assert "Left out" not in page
+
+
+def test_the_page_tells_which_nodes_came_and_went(page):
+    told = re.findall(r"<tr><td>(\d)</td><td>(.*?)</td></tr>", page.partition("<h2>Nodes")[2])
+    assert told[: 1 + len(EVENTS)] == [
+        ("1", "joined: partition 0, partition 1, partition 2"),
+        ("2", "joined: partition 0"),
+        *(("2", str(event)) for event in EVENTS[1:]),
+    ]
+    assert "<td>south failed: no memory</td>" in page
 
 
 def test_what_clients_say_is_text_and_no_markup(page):

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import pytest
 from conftest import ROOT
@@ -11,7 +11,15 @@ from fedssl.reporting import console, page
 from fedssl.reporting.console import RoundProgress
 from fedssl.reporting.log import log_round
 from fedssl.runs.directory import RunDirectory
-from fedssl.runs.metrics import EVERYWHERE, ClientMetrics, Failure, RoundMetrics, Where, shown
+from fedssl.runs.metrics import (
+    EVERYWHERE,
+    ClientMetrics,
+    Failure,
+    NodeEvent,
+    RoundMetrics,
+    Where,
+    shown,
+)
 
 CLIENTS = (
     ClientMetrics(0, 647, 3.5, 2.5, 1.25, 0.5, 640, 183.0),
@@ -36,6 +44,37 @@ def test_what_is_written_is_read():
     line = json.loads(json.dumps(ROUND.to_json()))
     assert RoundMetrics.from_json(line) == ROUND
     assert line["clients"][1] == {"partition": 2, "eval_loss": 2.75}
+
+
+EVENTS = (
+    NodeEvent("joined", 0),
+    NodeEvent("back", 1, "south"),
+    NodeEvent("left", 2),
+    NodeEvent("refused", 2, "west", "no image"),
+    NodeEvent("refused", reason="its key is not in nodes_file"),
+)
+
+
+def test_names_and_nodes_are_written_and_read_and_left_out_where_there_are_none():
+    named = replace(
+        ROUND, failures=(Failure(1, "no memory", "south"), Failure(2, "late")), nodes=EVENTS
+    )
+    line = json.loads(json.dumps(named.to_json()))
+    assert RoundMetrics.from_json(line) == named
+    assert line["failures"][1] == {"partition": 2, "reason": "late"}
+    assert line["nodes"][0] == {"event": "joined", "partition": 0}
+    assert line["nodes"][1]["name"] == "south"
+    assert [failure.who for failure in named.failures] == ["south", "client 2"]
+
+
+def test_what_happened_to_a_node_is_a_sentence():
+    assert [str(event) for event in EVENTS] == [
+        "partition 0 is connected",
+        "south (partition 1) is connected again",
+        "partition 2 is gone",
+        "west (partition 2) is refused: no image",
+        "a node is refused: its key is not in nodes_file",
+    ]
 
 
 def test_a_line_of_an_older_run_is_read():
@@ -64,6 +103,7 @@ def test_every_recorded_run_is_read(file):
         {"round": 1, "clients": [{}], "failures": []},
         {"round": 1, "clients": [], "failures": [{"reason": "no partition"}]},
         {"round": 1, "clients": [], "failures": None},
+        {"round": 1, "clients": [], "failures": [], "nodes": [{"partition": 1}]},
         {"round": "1", "clients": [], "failures": []},
         {"round": 1, "clients": [], "failures": [], "knn": "high"},
     ],
