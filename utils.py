@@ -127,7 +127,9 @@ def open_client_images(
     """
     if data_path is None:
         if not open_source(config.dataset).is_here:
-            raise SettingError('this node has no images; put data-path="DIR" into its --node-config')
+            raise SettingError(
+                'this node has no images; put data-path="DIR" into its --node-config'
+            )
         image_set = open_images(config, verify=verify)
         return image_set, open_partitions(config, image_set, num_partitions)
     folder = own_folder(data_path, config.dataset.name)

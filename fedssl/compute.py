@@ -80,7 +80,7 @@ class Process:
         """Whether it is a SuperNode, rather than a child or the launcher of one."""
         program, *rest = self.command or ("",)
         if Path(program).name.startswith("python"):
-            while rest and rest[0].startswith("-") and rest[0] != "-m":
+            while rest and rest[0].startswith("-") and rest[0] not in ("-m", "-c"):
                 del rest[: 2 if rest[0] in ("-X", "-W") else 1]
             if rest[:1] == ["-m"]:
                 return rest[1:2] == [NODE_MODULE]

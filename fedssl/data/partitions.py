@@ -119,9 +119,7 @@ def partition_rows(
             f"{num_partitions} clients"
         )
         remedy = "change num_clients or partition"
-        raise UserError(
-            f"{failed} ({reason}); {remedy}", public=f"{failed}; {remedy}"
-        ) from error
+        raise UserError(f"{failed} ({reason}); {remedy}", public=f"{failed}; {remedy}") from error
     return [np.asarray(part, dtype=np.int64) for part in parts]
 
 
