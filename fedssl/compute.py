@@ -124,8 +124,8 @@ def share_cores(processes: Sequence[Process] | None = None, pid: int | None = No
     numbers = {node.pid for node in nodes}
     nodes = [node for node in nodes if not numbers & set(_ancestors(node.pid, known))]
     nodes.sort(key=lambda node: (node.started, node.pid))
-    own = {os.getpid() if pid is None else pid}
-    own |= set(_ancestors(*own, known))
+    pid = os.getpid() if pid is None else pid
+    own = {pid, *_ancestors(pid, known)}
     place = next((place for place, node in enumerate(nodes) if node.pid in own), None)
     if place is None:
         return CoreShare(cores, cores, 1)
