@@ -109,8 +109,7 @@ def read_arguments(
     if "quiet=true" not in overrides:
         for notice in notices:
             print(notice, file=sys.stderr)
-    overrides = complete(overrides)
-    return evaluation_overrides(overrides) if name == "test" else overrides
+    return complete(overrides)
 
 
 def run_entry(
@@ -148,7 +147,7 @@ def run_entry(
             else:
                 for overrides in jobs_of(arguments):
                     check(load_config(name, overrides))
-        sys.argv[1:] = arguments
+            sys.argv[1:] = evaluation_overrides(arguments) if name == "test" else arguments
         hydra.main(version_base=None, config_path=str(CONF), config_name=name)(guarded)()
     finally:
         signal.signal(signal.SIGINT, earlier)
