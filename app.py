@@ -89,7 +89,9 @@ def identify(context: Context, app: str | None = None) -> ClientConfig:
         )
     number, count = int(number), int(count or 0)
     if data_path is None and not 0 <= number < count:
-        raise SettingError(f"partition-id={number}: must be from 0 to {count - 1}, num-partitions - 1")
+        raise SettingError(
+            f"partition-id={number}: must be from 0 to {count - 1}, num-partitions - 1"
+        )
     return ClientConfig(config_text(context), number, count, data_path)
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from fedssl.compute import count_cores
-from fedssl.env import ROOT
+from fedssl.env import RAY_PROTECTION, ROOT
 from fedssl.errors import UserError
 
 CONNECT_TIMEOUT_S = 5.0
@@ -82,6 +83,7 @@ def _join_cluster(address: str) -> None:
             socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
         except (OSError, OverflowError) as error:
             raise UserError(f"ray_address={address}: no answer ({error}); {advice}") from error
+    _follow_cluster()
     try:
         ray.init(
             address,
@@ -92,6 +94,24 @@ def _join_cluster(address: str) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"ray_address={address}: can't be joined ({reason}); {advice}") from error
+
+
+def _follow_cluster() -> None:
+    """Take back the token and the address that were chosen for a Ray of one's own.
+
+    Ray read them when it was imported.
+    """
+    from ray._private import ray_constants
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    for name in RAY_PROTECTION:
+        os.environ.pop(name, None)
+    if RAY_PROTECTION:
+        ray_constants.ENABLE_RAY_CLUSTER = ray_constants.env_bool(
+            ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, not ray_constants.IS_WINDOWS_OR_OSX
+        )
+        AuthenticationTokenLoader.instance().reset_cache()
+        Config.initialize("")
 
 
 def clients_per_round(num_clients: int, fraction: float) -> int:

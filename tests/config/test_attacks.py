@@ -54,6 +54,7 @@ FILES = [  # likewise
     "train.optimizer=/tmp/x",
     "augment=imagefolder/../../x",
     "hydra/launcher=/tmp/x",
+    "method=${oc.env:USER}",
 ]
 PLACES = ["augment@_global_=cifar", "+optimizer@method=muon", "optimizer@method=sgd"]
 UNKNOWN = ["+group=../../x", "+schema=Head", "+evil=1", "~num_rounds", "~method"]
@@ -62,7 +63,6 @@ RESOLVERS = [  # refused in a federation
     "dataset.name='${oc.env:HOME}'",
     "run_dir=${hydra:runtime.cwd}",
     "run_dir=x${now:%H}",
-    "method=${oc.env:USER}",
     "dataset.name=\\${oc.env:HOME}",
     "participants=[${oc.decode:0}]",
 ]
@@ -138,7 +138,9 @@ def test_what_the_resolvers_give_stays_on_the_users_machine(monkeypatch):
     monkeypatch.setenv("PLACE", "here")
     given = ["dataset.name=${oc.env:PLACE}", "run_dir=out/${now:%Y}"]
     assert load_config("config", given).dataset.name == "here"
-    assert load_config("config", ["dataset.name=${precision}"], federated=True).dataset.name == "auto"
+    assert (
+        load_config("config", ["dataset.name=${precision}"], federated=True).dataset.name == "auto"
+    )
 
 
 @pytest.mark.parametrize("federated", [False, True])

@@ -86,5 +86,5 @@ def test_the_translation_is_done_once():
     once = evaluation_overrides(["eval=linear", "dataset=hub", "dataset.name=a/b"])
     assert evaluation_overrides(once) == once
     assert "+dataset._target_='fedssl.data.sources.hub.HubSource'" in once
-    with pytest.raises(UserError, match="_target_ comes from a file"):
+    with pytest.raises(UserError, match="choose one with eval=NAME"):
         load_config("test", once)  # what the program adds is closed to users
