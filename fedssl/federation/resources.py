@@ -1,11 +1,13 @@
 """Which machines there are, and how simulated clients share them."""
 
+import importlib
 import logging
 import math
 import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -102,7 +104,8 @@ def _follow_cluster() -> None:
     Ray read them when it was imported.
     """
     from ray._private import ray_constants
-    from ray._raylet import AuthenticationTokenLoader, Config
+
+    compiled: Any = importlib.import_module("ray._raylet")
 
     for name in RAY_PROTECTION:
         os.environ.pop(name, None)
@@ -110,8 +113,8 @@ def _follow_cluster() -> None:
         ray_constants.ENABLE_RAY_CLUSTER = ray_constants.env_bool(
             ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, not ray_constants.IS_WINDOWS_OR_OSX
         )
-        AuthenticationTokenLoader.instance().reset_cache()
-        Config.initialize("")
+        compiled.AuthenticationTokenLoader.instance().reset_cache()
+        compiled.Config.initialize("")
 
 
 def clients_per_round(num_clients: int, fraction: float) -> int:
