@@ -23,7 +23,7 @@ from client import ClientConfig, make_client_app
 from fedssl.config.compose import load_config
 from fedssl.config.moved import modernize_overrides
 from fedssl.data.image_set import ImageSet
-from fedssl.errors import UserError
+from fedssl.errors import SettingError, UserError
 from utils import open_images, open_membership, open_run, open_source, read_config, run_rounds
 
 DEFAULTS = ["num_clients=2"]
@@ -46,13 +46,21 @@ log.addFilter(one_line)
 @lru_cache(maxsize=1)
 def compose_text(overrides: tuple[str, ...]) -> str:
     """Compose the configuration of a run from its overrides, as YAML."""
-    config = load_config("config", [*DEFAULTS, *overrides])
+    config = load_config("config", [*DEFAULTS, *overrides], federated=True)
     return OmegaConf.to_yaml(config, resolve=True)
 
 
 def overrides_of(context: Context) -> list[str]:
-    """Read the run's overrides out of a context."""
-    return shlex.split(str(context.run_config.get("hydra-overrides", "")))
+    """Read the run's overrides out of a context.
+
+    Raises:
+        UserError: a quote is left open.
+    """
+    given = str(context.run_config.get("hydra-overrides", ""))
+    try:
+        return shlex.split(given)
+    except ValueError as error:
+        raise SettingError(f"hydra-overrides={given}: {error}; close the quotes") from error
 
 
 def config_text(context: Context) -> str:
@@ -77,13 +85,15 @@ def identify(context: Context, app: str | None = None) -> ClientConfig:
     count = node.get("num-partitions", len(HALVES) if app in HALVES else None)
     if number is None or (count is None and data_path is None):
         wanted = "partition-id=0 num-partitions=2"
-        raise UserError(
+        raise SettingError(
             f"the node configuration has to say what this node holds, as in {wanted!r} or "
             "'partition-id=0 data-path=\"DIR\"', with a partition-id of its own for each node"
         )
     number, count = int(number), int(count or 0)
     if data_path is None and not 0 <= number < count:
-        raise UserError(f"partition-id={number}: must be from 0 to {count - 1}, num-partitions - 1")
+        raise SettingError(
+            f"partition-id={number}: must be from 0 to {count - 1}, num-partitions - 1"
+        )
     return ClientConfig(config_text(context), number, count, data_path)
 
 

@@ -163,7 +163,7 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
     except RuntimeError as error:
         raise RuntimeError(f"{error}; {go_on}") from error
     except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(go_on) from interrupt
+        raise type(interrupt)(go_on) from interrupt
     report("")
     evaluate(config, image_set, its)
     try_report(config, image_set, its)

@@ -109,8 +109,7 @@ def read_arguments(
     if "quiet=true" not in overrides:
         for notice in notices:
             print(notice, file=sys.stderr)
-    overrides = complete(overrides)
-    return evaluation_overrides(overrides) if name == "test" else overrides
+    return complete(overrides)
 
 
 def run_entry(
@@ -130,7 +129,7 @@ def run_entry(
         complete: adds overrides that the given ones imply.
 
     Exits with status 2 for what the user gave, 1 for what failed while running,
-    130 when interrupted.
+    130 when interrupted, 143 when terminated.
     """
 
     @functools.wraps(job)
@@ -138,7 +137,7 @@ def run_entry(
         with one_line():
             job(config)
 
-    earlier = signal.signal(signal.SIGINT, _interrupt)
+    earlier = {number: signal.signal(number, _interrupt) for number in INTERRUPTIONS}
     try:
         with one_line():
             arguments = read_arguments(name, sys.argv[1:], complete)
@@ -148,26 +147,37 @@ def run_entry(
             else:
                 for overrides in jobs_of(arguments):
                     check(load_config(name, overrides))
-        sys.argv[1:] = arguments
+            sys.argv[1:] = evaluation_overrides(arguments) if name == "test" else arguments
         hydra.main(version_base=None, config_path=str(CONF), config_name=name)(guarded)()
     finally:
-        signal.signal(signal.SIGINT, earlier)
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+class Terminated(KeyboardInterrupt):
+    """What SIGTERM raises."""
+
+
+INTERRUPTIONS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 
 
 def _interrupt(number: int, frame: object) -> None:
     """Interrupt the work, and end it by force if it does not give way."""
-    forced = Timer(INTERRUPT_GRACE_S, _leave, ["interrupted"])
+    interruption = INTERRUPTIONS[signal.Signals(number)]()
+    forced = Timer(INTERRUPT_GRACE_S, _leave, [interruption])
     forced.daemon = True
     forced.start()
-    raise KeyboardInterrupt
+    raise interruption
 
 
-def _leave(line: str) -> None:
+def _leave(interruption: KeyboardInterrupt) -> None:
     """End at once, without waiting for threads that wait for others."""
-    print(line, file=sys.stderr)
+    terminated = isinstance(interruption, Terminated)
+    words = ["terminated" if terminated else "interrupted", str(interruption)]
+    print(": ".join(filter(None, words)), file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(130)
+    os._exit(128 + (signal.SIGTERM if terminated else signal.SIGINT))
 
 
 @contextmanager
@@ -182,4 +192,4 @@ def one_line() -> Iterator[None]:
         print_line(f"failed: {error}", "error", sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as error:
-        _leave(f"interrupted{f': {error}' if str(error) else ''}")
+        _leave(error)

@@ -1,4 +1,8 @@
-"""Composing conf/ with overrides; the only reader of conf/."""
+"""Composing conf/ with overrides; the only reader of conf/.
+
+Settings are data: an override chooses a file below conf/ or sets a known key. The class
+that a section builds comes from a file alone, never from an override.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,28 +16,72 @@ from omegaconf import DictConfig, OmegaConf
 from fedssl.config.checks import check_settings, flatten_mapping, unknown_key
 from fedssl.config.fields import nearest
 from fedssl.config.moved import modernize_overrides
+from fedssl.config.schema import GROUPS
 from fedssl.env import ROOT
-from fedssl.errors import UserError
+from fedssl.errors import SettingError, UserError
 
 CONF = ROOT / "conf"
+# What Hydra's `instantiate` reads, https://hydra.cc/docs/advanced/instantiate_objects/overview
+SPECIAL = re.compile(r"(?<!\w)_(?:target|partial|args|recursive|convert)_(?!\w)")
+OPTION = re.compile(r"(?:[\w-][\w.-]*(?:/[\w-][\w.-]*)*)?")  # a file below a group's folder
+REFERENCE = re.compile(r"\$\{[\w.]+\}")  # to another setting
+RESOLVED = re.compile(r"\$\{(?:now|hydra|oc\.env):[^{}]*\}")  # which gives a text
 
 
-def load_config(name: str, overrides: Sequence[str]) -> DictConfig:
+def load_config(name: str, overrides: Sequence[str], federated: bool = False) -> DictConfig:
     """Compose conf/NAME.yaml with overrides and check every value.
 
     Old names of settings are understood, too.
 
+    Args:
+        federated: the overrides are somebody else's, who started the run.
+
     Raises:
-        UserError: an unknown group, option or key (with the nearest known
-            one), or a value of the wrong type or out of range.
+        UserError: an unknown group, option or key (with the nearest known one), a
+            value of the wrong type or out of range, or as `check_overrides`.
     """
     given, _ = modernize_overrides(overrides)
+    check_overrides(given, federated)
     if name == "test":
         given = evaluation_overrides(given)
     with initialize_config_dir(str(CONF), version_base=None):
         config = _compose(name, given)
     check_settings(name, to_mapping(config))
     return config
+
+
+def check_overrides(overrides: Sequence[str], federated: bool = False) -> None:
+    """Make sure that overrides choose files below conf/ and set keys, and nothing else.
+
+    Args:
+        federated: refuse Hydra's own settings and whatever is looked up where the
+            override is read, such as environment variables.
+
+    Raises:
+        UserError: the first that does something else.
+    """
+    for override in overrides:
+        key, _, value = override.partition("=")
+        key = key.lstrip("+~")
+        group = re.split(r"[.@]", key)[0]
+        if special := SPECIAL.search(override):
+            choice = f"{group if group in GROUPS else 'GROUP'}=NAME"
+            raise SettingError(
+                f"{override}: {special[0]} comes from a file below conf/; choose one with {choice}"
+            )
+        if "@" in key:
+            raise SettingError(
+                f"{override}: a group's place is in conf/; choose one with {group}=NAME"
+            )
+        options = [option.strip(" '\"") for option in value.strip(" []").split(",")]
+        if ("/" in key or _is_group_choice(override)) and not all(map(OPTION.fullmatch, options)):
+            raise SettingError(f"{override}: must be the name of a file below conf/{group}")
+        looked_up = REFERENCE.sub("", override)
+        looked_up = looked_up if federated else RESOLVED.sub("", looked_up)
+        if "${" in looked_up:
+            raise SettingError(f"{override}: ${{...}} may name a setting, nothing else")
+        if federated and (re.split(r"[./]", key)[0] == "hydra" or key.startswith("-")):
+            raise SettingError(f"{override}: is Hydra's own, and none of the run's settings")
 
 
 def flatten(config: DictConfig) -> dict[str, Any]:
@@ -82,7 +130,8 @@ def quote(value: Any) -> str:
 
 
 def _is_group_choice(override: str) -> bool:
-    return (CONF / override.partition("=")[0].partition("@")[0]).is_dir()
+    group = override.partition("=")[0].partition("@")[0].lstrip("+~")
+    return bool(group) and "\0" not in group and (CONF / group).is_dir()
 
 
 def _compose(name: str, given: Sequence[str]) -> DictConfig:
@@ -93,9 +142,9 @@ def _compose(name: str, given: Sequence[str]) -> DictConfig:
     except MissingConfigException as error:
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
         hint = nearest(option, error.options or [])
-        raise UserError(f"{group}={option}: unknown {group}; {hint}") from error
+        raise SettingError(f"{group}={option}: unknown {group}; {hint}") from error
     except Exception as error:  # Hydra, its parser and OmegaConf raise a dozen unrelated types
-        raise UserError(_explain(name, str(error), given)) from error
+        raise _explain(name, str(error), given) from error
 
 
 def _known(name: str, given: Sequence[str]) -> Mapping[str, Any]:
@@ -108,16 +157,17 @@ def _known(name: str, given: Sequence[str]) -> Mapping[str, Any]:
     return {}
 
 
-def _explain(name: str, message: str, given: Sequence[str]) -> str:
-    """Say in one line why Hydra refused an override."""
+def _explain(name: str, message: str, given: Sequence[str]) -> UserError:
+    """Say in one line why Hydra refused an override; its own words may hold paths."""
     unknown = re.search(r"Could not (?:override|find) '([^']+)'", message)
     if unknown:
-        return unknown_key(unknown[1], _known(name, given))
+        return SettingError(unknown_key(unknown[1], _known(name, given)))
     culprit = next((override for override in given if override in message), "")
     reason = message.strip().splitlines()[0] if message.strip() else "not understood"
     if any(word in message for word in ("pars", "mismatched input", "Lexer")):
-        return (
+        return SettingError(
             f"{culprit or ' '.join(given)}: not of the form key=value; quote odd characters, "
             "as in 'dataset.path=\"a=b\"'"
         )
-    return reason if culprit in reason else f"{culprit}: {reason}"
+    line = reason if culprit in reason else f"{culprit}: {reason}"
+    return UserError(line, public=f"{culprit or 'the settings'}: not understood")

@@ -20,7 +20,7 @@ RENAMED = {
     "train.weight_decay": "optimizer.weight_decay",
     "train.muon_learning_rate": "optimizer.muon_learning_rate",
     "train.muon_momentum": "optimizer.muon_momentum",
-    "dataset.source": "dataset._target_",
+    "dataset.source": "dataset",
     "mode": "eval",
     "eval.mode": "eval",
 }
@@ -65,7 +65,6 @@ def modernize_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]
         elif short == TUNING and chosen != "finetune":
             new = ""
         value = OPTIONS.get(name, {}).get(value, value)
-        value = SOURCES.get(value, value) if name == "dataset.source" else value
         now = f"{sign}{new}{assigned}{value}"
         if not new:
             notices.append(f"{name} counts with another protocol only and is left out")

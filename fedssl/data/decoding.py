@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
 from fedssl.data.sources.base import Encoded
@@ -15,8 +16,11 @@ from fedssl.data.sources.base import Encoded
 def decode_batches(
     images: Iterator[Encoded], image_size: int, batch_size: int
 ) -> Iterator[list[tuple[Encoded, np.ndarray | None]]]:
-    """Decode images on all cores, a batch after the other; each with `decode`'s result."""
-    with ThreadPoolExecutor() as pool:
+    """Decode images, a batch after the other, by as many threads as PyTorch uses.
+
+    Each image comes with `decode`'s result.
+    """
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         while batch := list(islice(images, batch_size)):
             pixels = pool.map(lambda image: decode(image.data, image_size), batch)
             yield list(zip(batch, pixels, strict=True))

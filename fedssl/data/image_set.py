@@ -24,6 +24,7 @@ class ImageSet:
         key: names the cache entry; equal keys mean equal contents.
         content: SHA-256 of the training images' pixels.
         name: of the data set, for messages.
+        fresh: whether it has just been decoded, rather than found in the cache.
     """
 
     train: Images
@@ -33,6 +34,7 @@ class ImageSet:
     key: str
     content: str
     name: str
+    fresh: bool = False
 
     @property
     def labelled(self) -> bool:

@@ -87,7 +87,7 @@ def check_run_config(text: str, overrides: Sequence[str]) -> dict[str, Any]:
     overrides, notices = modernize_overrides(joined)
     for notice in notices:
         print(notice, file=sys.stderr)
-    load_config("config", overrides)
+    load_config("config", overrides, federated=True)
     return {"hydra-overrides": shlex.join(overrides)}
 
 

@@ -1,15 +1,18 @@
 """Which machines there are, and how simulated clients share them."""
 
+import importlib
 import logging
 import math
 import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from fedssl.env import ROOT
+from fedssl.compute import count_cores
+from fedssl.env import RAY_PROTECTION, ROOT
 from fedssl.errors import UserError
 
 CONNECT_TIMEOUT_S = 5.0
@@ -82,6 +85,7 @@ def _join_cluster(address: str) -> None:
             socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
         except (OSError, OverflowError) as error:
             raise UserError(f"ray_address={address}: no answer ({error}); {advice}") from error
+    _follow_cluster()
     try:
         ray.init(
             address,
@@ -92,6 +96,25 @@ def _join_cluster(address: str) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"ray_address={address}: can't be joined ({reason}); {advice}") from error
+
+
+def _follow_cluster() -> None:
+    """Take back the token and the address that were chosen for a Ray of one's own.
+
+    Ray read them when it was imported.
+    """
+    from ray._private import ray_constants
+
+    compiled: Any = importlib.import_module("ray._raylet")
+
+    for name in RAY_PROTECTION:
+        os.environ.pop(name, None)
+    if RAY_PROTECTION:
+        ray_constants.ENABLE_RAY_CLUSTER = ray_constants.env_bool(
+            ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, not ray_constants.IS_WINDOWS_OR_OSX
+        )
+        compiled.AuthenticationTokenLoader.instance().reset_cache()
+        compiled.Config.initialize("")
 
 
 def clients_per_round(num_clients: int, fraction: float) -> int:
@@ -156,9 +179,3 @@ def _count_slots(machines: Sequence[Machine], num_cpus: int, num_gpus: float) ->
         return min(by_cores, int(machine.gpus / num_gpus)) if num_gpus else by_cores
 
     return max(1, sum(fits(machine) for machine in machines))
-
-
-def count_cores() -> int:
-    """Count the CPU cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1

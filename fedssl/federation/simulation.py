@@ -1,8 +1,11 @@
 """A federation of virtual clients in processes of Ray: the only call of Flower's simulation."""
 
 import logging
+import os
+import signal
+import sys
 from collections.abc import Callable
-from threading import Event
+from threading import Event, current_thread, main_thread
 from typing import Any
 
 from flwr.app import Context
@@ -32,14 +35,8 @@ def simulate(
             "num_gpus": resources.num_gpus,
             "max_restarts": -1,  # a process that died comes back for the next client
         },
-        "init_args": {  # without effect where a cluster was joined
-            "address": "local",  # never join somebody's cluster unasked
-            "num_cpus": resources.num_cpus * resources.at_a_time,
-            "num_gpus": resources.total_gpus,
-            "logging_level": logging.ERROR,
-            "log_to_driver": False,
-        },
     }
+    _start_ray(resources)
     server, stop = ServerApp(), Event()
 
     @server.main()
@@ -50,3 +47,29 @@ def simulate(
         run_simulation(server, clients, num_clients, "ray", backend)
     finally:
         stop.set()
+
+
+def _start_ray(resources: ClientResources) -> None:
+    """Start Ray on this machine, unless a cluster was joined.
+
+    Flower would do it, too; but Ray then keeps SIGTERM to itself.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    earlier = signal.getsignal(signal.SIGTERM)
+    path = os.pathsep.join([*sys.path, *filter(None, [os.environ.get("PYTHONPATH")])])
+    try:
+        ray.init(
+            "local",  # never join somebody's cluster unasked
+            num_cpus=resources.num_cpus * resources.at_a_time,
+            num_gpus=resources.total_gpus,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            runtime_env={"env_vars": {"PYTHONPATH": path}},
+        )
+    finally:
+        if current_thread() is main_thread():
+            signal.signal(signal.SIGTERM, earlier)

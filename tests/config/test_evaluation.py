@@ -12,7 +12,7 @@ from fedssl.errors import UserError
 HUB = "fedssl.data.sources.hub.HubSource"
 
 
-@pytest.mark.parametrize("argument", ["eval=finetune", "mode=finetune", "eval@_global_=finetune"])
+@pytest.mark.parametrize("argument", ["eval=finetune", "mode=finetune"])
 def test_the_protocol_is_chosen_by_name(argument):
     settings = load_config("test", [argument, "encoder_learning_rate=0.5"])
     assert settings._target_.endswith("FineTuning")
@@ -85,4 +85,6 @@ def test_any_text_comes_through_an_override(text):
 def test_the_translation_is_done_once():
     once = evaluation_overrides(["eval=linear", "dataset=hub", "dataset.name=a/b"])
     assert evaluation_overrides(once) == once
-    assert load_config("test", once).dataset.hub_name == "a/b"
+    assert "+dataset._target_='fedssl.data.sources.hub.HubSource'" in once
+    with pytest.raises(UserError, match="choose one with eval=NAME"):
+        load_config("test", once)  # what the program adds is closed to users
