@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedssl.deployment.bundle import own_digest
 from fedssl.deployment.checks import (
     check_app,
     check_file,
@@ -36,6 +37,7 @@ from fedssl.errors import UserError
 
 DEFAULT_SUPERLINK = "127.0.0.1:8000"
 DEFAULT_MAX_WAIT_S = 60.0
+FAST = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}  # seconds; Flower's superexec takes 1
 
 
 def client_app(arguments: Sequence[str] | None = None) -> None:
@@ -51,6 +53,17 @@ def client_app(arguments: Sequence[str] | None = None) -> None:
         "--auth-supernode-private-key", type=Path, metavar="FILE", help="the node's private key"
     )
     parser.add_argument(
+        "--certificate",
+        type=Path,
+        metavar="FILE",
+        help="the node's TLS client certificate and its key (PEM), for a SuperLink behind a proxy",
+    )
+    parser.add_argument(
+        "--any-app",
+        action="store_true",
+        help="run whatever app the SuperLink sends, not only the one installed here",
+    )
+    parser.add_argument(
         "--port", type=int, help="of the node's own processes (default: a free one)"
     )
     given = parser.parse_args(arguments)
@@ -60,7 +73,13 @@ def client_app(arguments: Sequence[str] | None = None) -> None:
         node_config = check_node_config(given.node_config)
         port = free_port() if given.port is None else check_port(given.port)
         node_config["client-app"] = check_app(given.app, "clientapp")
-        command = ["flower-supernode", "--superlink", link.address, "--port", str(port)]
+        command = [sys.executable, "-m", "fedssl.deployment.supernode"]
+        command += ["--parent-pid", str(os.getpid())]
+        if not given.any_app:
+            command += ["--only-bundle", own_digest(Path.cwd())]
+        if given.certificate:
+            command += ["--certificate", str(check_file("--certificate", given.certificate))]
+        command += ["--superlink", link.address, "--port", str(port)]
         if link.insecure:
             command.append("--insecure")
         elif link.root_certificates:
@@ -71,7 +90,7 @@ def client_app(arguments: Sequence[str] | None = None) -> None:
         await_link(link, given.max_wait_time)
         with tempfile.TemporaryDirectory() as folder:
             file = write_toml(Path(folder, "node.toml"), node_config)
-            node = Watched([*command, "--node-config", str(file)], environment())
+            node = Watched([*command, "--node-config", str(file)], environment(**FAST))
             try:
                 status = node.wait(link, given.max_wait_time)
             finally:
