@@ -42,6 +42,8 @@ def main() -> None:
     except UserError as error:
         print_line(f"error: {error}", "error", sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

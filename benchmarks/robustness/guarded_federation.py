@@ -90,6 +90,16 @@ class Federation:
         given = ["-p", str(self.certificates), "-c", "nginx.conf", "-s", "reload"]
         subprocess.run([str(NGINX), *given], check=True, capture_output=True)
 
+    def hang_up_superlink(self) -> None:
+        """Have the SuperLink read nodes.yaml anew, and wait until it has."""
+        before = self.log("superlink").count("\n")
+        os.kill(self.started["superlink"].pid, signal.SIGHUP)
+        deadline = time.monotonic() + 10
+        while "nodes.yaml is read" not in "\n".join(self.log("superlink").split("\n")[before:]):
+            if time.monotonic() > deadline:
+                raise RuntimeError("the SuperLink does not read nodes.yaml")
+            time.sleep(0.1)
+
     def wait_for_port(self, name: str, port: int) -> None:
         """Wait until a process listens.
 
@@ -159,13 +169,16 @@ class Caller:
         return http.client.HTTPSConnection(self.host, port, context=context, timeout=60)
 
     def ask(self, path: str, body: bytes = b"", method: str = "POST") -> int:
-        """Send a request as it stands, and give the answer's status."""
+        """Send a request as it stands; give the answer's status."""
+        return self.exchange(path, body, method)[0]
+
+    def exchange(self, path: str, body: bytes = b"", method: str = "POST") -> tuple[int, bytes]:
+        """Send a request as it stands; give the answer's status and body."""
         connection = self.connect()
         try:
             connection.request(method, path, body, self.headers())
             answer = connection.getresponse()
-            answer.read()
-            return answer.status
+            return answer.status, answer.read()
         finally:
             connection.close()
 

@@ -61,6 +61,7 @@ def serve(folder: Path, port: int, database: Path | None, project: Path | None) 
         signal.signal(signal.SIGHUP, lambda *_: _reload(state, files["nodes.yaml"]))
 
     _after_state(prepare)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again at its end
     os.environ.update(environment())
     arguments = ["--host", LOOPBACK, "--port", str(port), "--enable-supernode-auth"]
     arguments += ["--database", str((database or folder / "superlink.db").resolve())]
@@ -163,6 +164,7 @@ def _reload(state: LinkState, file: Path) -> None:
         try:
             for line in sync_nodes(state, read_roster(file)):
                 print(line, flush=True)
+            print(f"{file} is read.", flush=True)
         except UserError as error:
             print(f"error: {error}; the nodes are as before", file=sys.stderr, flush=True)
 
