@@ -18,19 +18,28 @@ class BadBundle(Exception):
     """The bytes are no bundle that could be unpacked in one way only."""
 
 
+def build(project: Path) -> bytes:
+    """Build a project's bundle, as `flwr run` does.
+
+    Raises:
+        UserError: there is no Flower app in that folder.
+    """
+    try:
+        return build_fab_from_disk(project)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{project}: no Flower app can be bundled from it ({error}); change to the project's "
+            "directory"
+        ) from error
+
+
 def own_digest(project: Path) -> str:
     """Compute the digest of the bundle that `flwr run` would build of a project.
 
     Raises:
         UserError: there is no Flower app in that folder.
     """
-    try:
-        return digest_of(build_fab_from_disk(project))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{project}: no Flower app can be bundled from it ({error}); change to the project's "
-            "directory"
-        ) from error
+    return digest_of(build(project))
 
 
 def digest_of(fab: bytes) -> str:

@@ -1,10 +1,9 @@
 """Checks of what the two commands are given, before anything starts."""
 
-import json
+import ast
 import shlex
 import socket
 import ssl
-import subprocess
 import sys
 import tomllib
 from argparse import Namespace
@@ -18,16 +17,10 @@ from flwr.common.config import parse_config_args
 
 from fedssl.config.compose import load_config
 from fedssl.config.moved import modernize_overrides
-from fedssl.deployment.superlink import Link
+from fedssl.deployment.superlink import SuperLinkAddress
 from fedssl.errors import UserError
 
-# Run apart from the command, which would otherwise keep PyTorch in memory.
-LIST_APPS = """
-import importlib, json, sys
-module = importlib.import_module(sys.argv[1])
-kinds = {name: type(value).__name__ for name, value in vars(module).items()}
-print(json.dumps({n: k for n, k in kinds.items() if k in ("ClientApp", "ServerApp")}))
-"""
+KINDS = {"clientapp": "ClientApp", "serverapp": "ServerApp"}
 
 
 def check_app(reference: str, component: str) -> str:
@@ -55,22 +48,32 @@ def check_app(reference: str, component: str) -> str:
     own = shipped.partition(":")[0]
     if module != own:
         raise UserError(f"{reference}: the apps of this project are in the module {own!r}")
-    asked = subprocess.run(
-        [sys.executable, "-c", LIST_APPS, module], capture_output=True, text=True
-    )
-    if asked.returncode:
-        reason = (asked.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise UserError(f"{reference}: {module} can't be imported ({reason})")
-    kinds = json.loads(asked.stdout.splitlines()[-1])
-    kind = {"clientapp": "ClientApp", "serverapp": "ServerApp"}[component]
-    known = [name for name, its in kinds.items() if its == kind]
+    known = _list_apps(Path(f"{module}.py"), reference)[component]
     if attribute not in known:
         close = get_close_matches(attribute, known, n=1)
         hint = f"did you mean {module}:{close[0]}?" if close else f"known: {', '.join(known)}"
-        raise UserError(f"{reference}: {module} has no {kind} {attribute!r}; {hint}")
+        raise UserError(f"{reference}: {module} has no {KINDS[component]} {attribute!r}; {hint}")
     if component == "serverapp" and reference != shipped:
         raise UserError(f"{reference}: pyproject.toml ships {shipped}; name the other one there")
     return attribute
+
+
+def _list_apps(file: Path, reference: str) -> dict[str, list[str]]:
+    """List the names of a module's apps by component, from its text: importing it takes seconds."""
+    try:
+        body = ast.parse(file.read_text()).body
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"{reference}: {file} can't be read ({error})") from error
+    found: dict[str, list[str]] = {component: [] for component in KINDS}
+    for node in body:
+        if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Call):
+            continue
+        maker = ast.unparse(node.value.func).rpartition(".")[2].replace("_", "").lower()
+        names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+        for component in KINDS:  # ServerApp(), make_client_app(...)
+            if maker.endswith(component):
+                found[component] += names
+    return found
 
 
 def check_run_config(text: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -146,7 +149,7 @@ def check_port(port: int) -> int:
     return port
 
 
-def check_link(given: Namespace) -> Link:
+def check_link(given: Namespace) -> SuperLinkAddress:
     """Check how the SuperLink is to be reached."""
     host, _, port = given.superlink.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
@@ -164,7 +167,19 @@ def check_link(given: Namespace) -> Link:
             raise UserError(
                 f"--root-certificates={certificates}: no certificate in PEM form"
             ) from error
-    return Link(given.superlink, given.insecure, certificates)
+    certificate = getattr(given, "certificate", None)
+    if certificate:
+        if given.insecure:
+            raise UserError("--insecure and --certificate exclude each other; drop one")
+        certificate = check_file("--certificate", certificate)
+        try:
+            ssl.create_default_context().load_cert_chain(certificate, password="")
+        except ssl.SSLError as error:
+            raise UserError(
+                f"--certificate={certificate}: must hold a certificate and its key, in PEM form "
+                "and without a password"
+            ) from error
+    return SuperLinkAddress(given.superlink, given.insecure, certificates, certificate)
 
 
 def check_file(flag: str, file: Path) -> Path:

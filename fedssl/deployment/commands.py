@@ -1,8 +1,8 @@
 """The commands `flower-client-app` and `flower-server-app`.
 
 Flower once shipped both; today `flower-supernode` runs clients and `flwr run`
-submits servers. These are thin layers over the two: they check what was given,
-watch that the SuperLink is still there, and end with one line and a status.
+submits servers. These do the same: they check what was given, watch that the
+SuperLink is still there, and end with one line and a status.
 
     flower-superlink --insecure
     flower-client-app app:client1 --insecure
@@ -14,11 +14,10 @@ import argparse
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +31,13 @@ from fedssl.deployment.checks import (
     check_run_config,
     free_port,
 )
-from fedssl.deployment.superlink import CONNECTION, Link, Refused, Watched, await_link, unreachable
-from fedssl.errors import UserError
+from fedssl.deployment.control import Control, FollowedRun
+from fedssl.deployment.node import POLLING, Node
+from fedssl.deployment.superlink import ConnectionRefused, SuperLinkAddress, unreachable
+from fedssl.errors import WARNING, UserError
 
 DEFAULT_SUPERLINK = "127.0.0.1:8000"
 DEFAULT_MAX_WAIT_S = 60.0
-FAST = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}  # seconds; Flower's superexec takes 1
 
 
 def client_app(arguments: Sequence[str] | None = None) -> None:
@@ -68,36 +68,29 @@ def client_app(arguments: Sequence[str] | None = None) -> None:
     )
     given = parser.parse_args(arguments)
 
-    def job() -> int:
+    def job() -> None:
+        os.umask(0o077)  # a node's cache holds images; its children inherit this
         link = check_link(given)
         node_config = check_node_config(given.node_config)
         port = free_port() if given.port is None else check_port(given.port)
         node_config["client-app"] = check_app(given.app, "clientapp")
-        command = [sys.executable, "-m", "fedssl.deployment.supernode"]
-        command += ["--parent-pid", str(os.getpid())]
-        if not given.any_app:
-            command += ["--only-bundle", own_digest(Path.cwd())]
-        if given.certificate:
-            command += ["--certificate", str(check_file("--certificate", given.certificate))]
-        command += ["--superlink", link.address, "--port", str(port)]
+        arguments = [] if given.any_app else ["--only-bundle", own_digest(Path.cwd())]
+        if link.certificate:
+            arguments += ["--certificate", str(link.certificate)]
+        arguments += ["--superlink", link.address, "--port", str(port)]
         if link.insecure:
-            command.append("--insecure")
+            arguments.append("--insecure")
         elif link.root_certificates:
-            command += ["--root-certificates", str(link.root_certificates)]
-        if given.auth_supernode_private_key:
-            key = check_file("--auth-supernode-private-key", given.auth_supernode_private_key)
-            command += ["--auth-supernode-private-key", str(key)]
-        await_link(link, given.max_wait_time)
+            arguments += ["--root-certificates", str(link.root_certificates)]
+        key = given.auth_supernode_private_key
+        if key:
+            key = check_file("--auth-supernode-private-key", key)
+            arguments += ["--auth-supernode-private-key", str(key)]
+        warn_if_insecure(link)
         with tempfile.TemporaryDirectory() as folder:
             file = write_toml(Path(folder, "node.toml"), node_config)
-            node = Watched([*command, "--node-config", str(file)], environment(**FAST))
-            try:
-                status = node.wait(link, given.max_wait_time)
-            finally:
-                node.stop()
-        if status:
-            raise RuntimeError(node.reason())
-        return 0
+            arguments += ["--node-config", str(file)]
+            Node(arguments, environment(**POLLING), link, given.max_wait_time, key).run()
 
     sys.exit(_guard(job))
 
@@ -116,64 +109,38 @@ def server_app(arguments: Sequence[str] | None = None) -> None:
     )
     given = parser.parse_intermixed_args(arguments)
 
-    def job() -> int:
+    def job() -> None:
         link = check_link(given)
         run_config = check_run_config(given.run_config, given.overrides)
         check_app(given.app, "serverapp")
         try:
             link.probe()
-        except (OSError, Refused) as error:
+        except (OSError, ConnectionRefused) as error:
             raise RuntimeError(unreachable(link, error)) from error
-        with tempfile.TemporaryDirectory() as home:
-            Path(home, "config.toml").write_text(link.toml())
-            file = write_toml(Path(home, "run.toml"), run_config)
-            return _run(link, file, given.max_wait_time, environment(FLWR_HOME=home))
+        warn_if_insecure(link)
+        control = Control(link)
+        run_id = control.start_run(Path.cwd(), run_config)
+        print(f"Run {run_id} is on its way.", flush=True)
+        try:
+            FollowedRun(control, link, run_id).follow(given.max_wait_time)
+        except KeyboardInterrupt:
+            with suppress(RuntimeError):  # it has ended, or its SuperLink is gone
+                control.stop(run_id)
+                print("stopped the run", file=sys.stderr)
+            raise
 
     sys.exit(_guard(job))
 
 
-def _run(link: Link, run_config: Path, max_wait_s: float, env: dict[str, str]) -> int:
-    """Submit, follow and judge a run, with a Flower configuration of our own."""
-    submit = ["flwr", "run", ".", CONNECTION, "--format", "json"]
-    run_id = str(_flwr([*submit, "--run-config", str(run_config)], env)["run-id"])
-    print(f"Run {run_id} is on its way.", flush=True)
-    stream = Watched(["flwr", "log", run_id, CONNECTION, "--stream"], env)
-    try:
-        if stream.wait(link, max_wait_s):
-            raise RuntimeError(f"the log of run {run_id} broke off: {stream.reason()}")
-    except KeyboardInterrupt:
-        subprocess.run(["flwr", "stop", run_id, CONNECTION], env=env, capture_output=True)
-        print("stopped the run", file=sys.stderr)
-        raise
-    finally:
-        stream.stop()
-    deadline = time.monotonic() + max_wait_s
-    while True:
-        answer = _flwr(["flwr", "list", CONNECTION, "--run-id", run_id, "--format", "json"], env)
-        facts = answer["runs"][0]
-        if facts["status"].startswith("finished") or time.monotonic() > deadline:
-            break
-        time.sleep(1)
-    if facts["status"] != "finished:completed":
-        details = facts["status-details"].removeprefix("ServerApp failed with exception: ")
-        raise RuntimeError(f"run {run_id} is {facts['status']}: {details or 'no reason given'}")
-    return 0
-
-
-def _flwr(command: Sequence[str], env: dict[str, str]) -> dict:
-    """Run a flwr command that answers in JSON.
-
-    Raises:
-        RuntimeError: it failed; with its own words.
-    """
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    start = done.stdout.find("{")
-    answer = json.loads(done.stdout[start:]) if start >= 0 else {}
-    if done.returncode or not answer.get("success"):
-        words = answer.get("error-message") or done.stderr or done.stdout
-        words = " ".join(words.replace("│", " ").strip("╭─╮╰╯ \n").split())
-        raise RuntimeError(f"{' '.join(command[:2])}: {words}")
-    return answer
+def warn_if_insecure(link: SuperLinkAddress) -> None:
+    """Say in one line what a connection without TLS means."""
+    if link.insecure:
+        print(
+            f"{WARNING}--insecure: nothing is encrypted, and whoever reaches {link.address} can "
+            "run code on the machines of the federation; docs/federation.md has the guarded way",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def write_toml(file: Path, values: dict[str, Any]) -> Path:
@@ -215,11 +182,11 @@ def _parser(name: str, example: str, kind: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _guard(job: Callable[[], int]) -> int:
+def _guard(job: Callable[[], None]) -> int:
     """Run a job; end with one line for what went wrong, and its status."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return job()
+        job()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -228,7 +195,9 @@ def _guard(job: Callable[[], int]) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    return 0
 
 
 def _interrupt(number: int, frame: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough; the children are to be ended
     raise KeyboardInterrupt

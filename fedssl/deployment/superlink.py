@@ -1,167 +1,101 @@
-"""A SuperLink as the two commands see it: whether it answers, and a process that needs it."""
+"""A SuperLink as the two commands see it: where it is, and whether it answers."""
 
 import http.client
-import json
-import os
-import signal
 import ssl
-import subprocess
 import time
-from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
 
 PROBE_TIMEOUT_S = 5.0
 PROBE_EVERY_S = 2.0
-GRACE_S = 10.0  # for a process to end by itself after SIGTERM
-CONNECTION = "superlink"  # the name of the only connection of the temporary configuration
-
-# What Flower's numbers of Fleet API errors mean to somebody who starts a node.
-REFUSALS = {
-    "[code: 2001]": "it only takes nodes whose keys it knows; give one with "
-    "--auth-supernode-private-key",
-    "[code: 2004]": "it does not know this node's key; register its public half with "
-    "`flwr supernode register`, or stop the other node that uses it",
-}
+PROBE = "/v1/fleet/pull-messages"  # a proxy lets it through; a GET asks for nothing
+BODY_BYTES = 65536
 
 
-class Refused(Exception):
+class ConnectionRefused(Exception):
     """The SuperLink answers, but not to us; trying again is pointless."""
 
 
 @dataclass(frozen=True)
-class Link:
-    """How to reach a SuperLink: `host:port`, and TLS unless insecure."""
+class SuperLinkAddress:
+    """How to reach a SuperLink.
+
+    Attributes:
+        address: HOST:PORT.
+        insecure: without TLS.
+        root_certificates: the authority that signed its certificate; None for the system's.
+        certificate: the TLS client's certificate with its key, if it asks for one.
+    """
 
     address: str
     insecure: bool
     root_certificates: Path | None
+    certificate: Path | None = None
 
     def probe(self) -> None:
-        """Ask for a sign of life.
+        """Ask for a sign of life: any answer but a broken server's or an orphaned proxy's.
 
         Raises:
             OSError: nobody answers there.
-            Refused: somebody does, but without TLS, only with TLS, or with a
-                certificate that is not trusted.
+            ConnectionRefused: somebody does, but without TLS, only with TLS, with a
+                certificate that is not trusted, or wants another one from us.
         """
-        host, _, port = self.address.rpartition(":")
-        where = (host.strip("[]"), int(port))
-        if self.insecure:
-            connection = http.client.HTTPConnection(*where, timeout=PROBE_TIMEOUT_S)
-        else:
-            context = ssl.create_default_context(cafile=self.root_certificates)
-            connection = http.client.HTTPSConnection(
-                *where, timeout=PROBE_TIMEOUT_S, context=context
-            )
+        connection = self._connection()
         try:
-            connection.request("GET", "/health")
-            connection.getresponse().read()
+            connection.request("GET", PROBE)
+            answer = connection.getresponse()
+            body = answer.read(BODY_BYTES).decode(errors="replace")
         except ssl.SSLCertVerificationError as error:
             known = self.root_certificates or "the system's certificate authorities"
-            raise Refused(
+            raise ConnectionRefused(
                 f"its certificate is not accepted by {known} ({error.verify_message}); give the "
                 "certificate authority that signed it with --root-certificates"
             ) from error
         except ssl.SSLError as error:
-            raise Refused(f"it does not speak TLS ({error.reason}); use --insecure") from error
+            reason = error.reason or str(error)
+            if "CERTIFICATE" in reason or "UNKNOWN_CA" in reason:
+                raise ConnectionRefused(self._wrong_certificate(reason)) from error
+            raise ConnectionRefused(f"it does not speak TLS ({reason}); use --insecure") from error
         except TimeoutError:
             raise
         except (http.client.HTTPException, ConnectionResetError) as error:
-            raise Refused(
+            if not self.insecure:  # it goes down
+                raise ConnectionResetError(f"the connection broke off ({error})") from error
+            raise ConnectionRefused(
                 "it closes unencrypted connections; replace --insecure by --root-certificates"
             ) from error
         finally:
             connection.close()
+        if answer.status >= 500:
+            raise ConnectionError(f"its proxy answers {answer.status} {answer.reason}")
+        if answer.status == 400 and "SSL certificate" in body:  # nginx's words
+            wants = "its certificate is not accepted" if "error" in body else "none was given"
+            raise ConnectionRefused(self._wrong_certificate(wants))
+        if answer.status == 400 and "plain HTTP request was sent to HTTPS port" in body:
+            raise ConnectionRefused(
+                "it only takes encrypted connections; replace --insecure by --root-certificates"
+            )
 
-    def toml(self) -> str:
-        """Write this link as the only connection of a Flower configuration."""
-        lines = [f"[superlink.{CONNECTION}]", f"address = {json.dumps(self.address)}"]
+    def _connection(self) -> http.client.HTTPConnection:
+        host, _, port = self.address.rpartition(":")
+        where = (host.strip("[]"), int(port))
         if self.insecure:
-            lines.append("insecure = true")
-        elif self.root_certificates:
-            lines.append(f"root-certificates = {json.dumps(str(self.root_certificates))}")
-        return "\n".join(lines) + "\n"
+            return http.client.HTTPConnection(*where, timeout=PROBE_TIMEOUT_S)
+        context = ssl.create_default_context(cafile=self.root_certificates)
+        if self.certificate:
+            context.load_cert_chain(self.certificate)
+        return http.client.HTTPSConnection(*where, timeout=PROBE_TIMEOUT_S, context=context)
+
+    def _wrong_certificate(self, reason: str) -> str:
+        if self.certificate:
+            return (
+                f"it does not accept the client certificate {self.certificate} ({reason}); give "
+                "one of its own authority that has not expired with --certificate"
+            )
+        return f"it asks for a client certificate ({reason}); give the node's with --certificate"
 
 
-class Watched:
-    """A child process in a group of its own, whose output is passed on line by line."""
-
-    def __init__(self, command: Sequence[str], env: dict[str, str]) -> None:
-        self.process = subprocess.Popen(
-            command,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-        self.last_lines: deque[str] = deque(maxlen=40)
-        self._pump = Thread(target=self._pass_on, daemon=True)
-        self._pump.start()
-
-    def _pass_on(self) -> None:
-        for line in self.process.stdout or ():
-            self.last_lines.append(line.rstrip())
-            print(line, end="", flush=True)
-
-    def wait(self, link: Link, max_wait_s: float) -> int:
-        """Wait until the process ends, at most `max_wait_s` without a SuperLink.
-
-        Returns:
-            Its exit status.
-
-        Raises:
-            RuntimeError: the SuperLink has been gone for too long.
-        """
-        lost_since = None
-        next_probe = time.monotonic() + PROBE_EVERY_S
-        while self.process.poll() is None:
-            time.sleep(0.1)
-            if time.monotonic() < next_probe:
-                continue
-            next_probe = time.monotonic() + PROBE_EVERY_S
-            try:
-                link.probe()
-                lost_since = None
-            except (OSError, Refused) as error:
-                lost_since = lost_since or time.monotonic()
-                if time.monotonic() - lost_since >= max_wait_s:
-                    raise RuntimeError(
-                        f"the SuperLink at {link.address} has been gone for {max_wait_s:g} s "
-                        f"({error}); start it again, or wait longer with --max-wait-time"
-                    ) from error
-        self._pump.join(timeout=GRACE_S)
-        return self.process.returncode
-
-    def stop(self) -> None:
-        """End the process and all that it started."""
-        if self.process.poll() is None:
-            self.process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(GRACE_S)
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def reason(self) -> str:
-        """Find the line in the output that says why Flower ended."""
-        for code, meaning in REFUSALS.items():
-            if any(code in line for line in self.last_lines):
-                return f"the SuperLink refuses this node: {meaning}"
-        plain = [line.partition(":      ")[2] or line for line in self.last_lines]
-        for number, line in enumerate(plain):
-            if "Exit Code:" in line:
-                following = [text.strip() for text in plain[number + 1 :] if text.strip()]
-                return " ".join(text for text in following[:2] if "http" not in text)
-        return next((line for line in reversed(plain) if line.strip()), "no output")
-
-
-def await_link(link: Link, max_wait_s: float) -> None:
+def await_superlink(link: SuperLinkAddress, max_wait_s: float) -> None:
     """Wait for the SuperLink to answer.
 
     Raises:
@@ -172,7 +106,7 @@ def await_link(link: Link, max_wait_s: float) -> None:
     while True:
         try:
             return link.probe()
-        except Refused as error:
+        except ConnectionRefused as error:
             raise RuntimeError(unreachable(link, error)) from error
         except OSError as error:
             if time.monotonic() >= deadline:
@@ -185,9 +119,44 @@ def await_link(link: Link, max_wait_s: float) -> None:
         time.sleep(min(PROBE_EVERY_S, max(0.1, deadline - time.monotonic())))
 
 
-def unreachable(link: Link, error: Exception) -> str:
+class Watch:
+    """Looks every few seconds whether the SuperLink is still there."""
+
+    def __init__(self, link: SuperLinkAddress, max_wait_s: float) -> None:
+        self._link, self._max_wait_s = link, max_wait_s
+        self._next = time.monotonic() + PROBE_EVERY_S
+        self.gone_since: float | None = None  # on the monotonic clock
+
+    def look(self) -> bool:
+        """Probe, if it is time to.
+
+        Returns:
+            Whether it was, and the SuperLink has answered.
+
+        Raises:
+            RuntimeError: the SuperLink has been gone for too long.
+        """
+        if time.monotonic() < self._next:
+            return False
+        self._next = time.monotonic() + PROBE_EVERY_S
+        try:
+            self._link.probe()
+        except (OSError, ConnectionRefused) as error:
+            self.gone_since = self.gone_since or time.monotonic()
+            if time.monotonic() - self.gone_since >= self._max_wait_s:
+                raise RuntimeError(
+                    f"the SuperLink at {self._link.address} has been gone for "
+                    f"{self._max_wait_s:g} s ({error}); start it again, or wait longer with "
+                    "--max-wait-time"
+                ) from error
+            return False
+        self.gone_since = None
+        return True
+
+
+def unreachable(link: SuperLinkAddress, error: Exception) -> str:
     """Say in one line why a SuperLink is out of reach."""
-    if isinstance(error, Refused):
+    if isinstance(error, ConnectionRefused):
         return f"the SuperLink at {link.address} refuses: {error}"
     reason = getattr(error, "strerror", None) or str(error)
     return (

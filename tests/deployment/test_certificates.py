@@ -10,7 +10,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
 from fedssl.deployment.certificates import make_certificates
-from fedssl.deployment.superlink import Link, Refused
+from fedssl.deployment.superlink import ConnectionRefused as Refused
+from fedssl.deployment.superlink import SuperLinkAddress as Link
 from fedssl.errors import UserError
 
 

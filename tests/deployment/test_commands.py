@@ -1,31 +1,72 @@
 """What the two commands check, and how they watch over a process."""
 
+import http.server
 import os
 import socket
+import stat
+import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
-from fedssl.deployment.checks import check_node_config, check_port, check_run_config, free_port
-from fedssl.deployment.commands import environment, write_toml
-from fedssl.deployment.superlink import Link, Watched, await_link
+from fedssl.deployment.certificates import make_certificates
+from fedssl.deployment.checks import (
+    check_app,
+    check_link,
+    check_node_config,
+    check_port,
+    check_run_config,
+    free_port,
+)
+from fedssl.deployment.commands import _parser, environment, write_toml
+from fedssl.deployment.node import Node, Presence, reason_of
+from fedssl.deployment.process import ChildProcess
+from fedssl.deployment.superlink import (
+    SuperLinkAddress,
+    Watch,
+    await_superlink,
+)
 from fedssl.errors import UserError
 
-NOBODY = Link(f"127.0.0.1:{free_port()}", True, None)
+NOBODY = SuperLinkAddress(f"127.0.0.1:{free_port()}", True, None)
 
 
 def python(code):
-    return Watched([sys.executable, "-c", code], environment())
+    return ChildProcess([sys.executable, "-c", code], environment())
 
 
-def test_overrides_survive_the_way_through_flower(tmp_path):
-    from flwr.common.config import parse_config_args
+@pytest.fixture
+def answering():
+    """A plain HTTP server that gives to every GET the status and body that the test sets."""
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        status, body = 405, ""
+
+        def do_GET(self):
+            self.server.asked = self.path
+            self.send_response(self.status)
+            self.end_headers()
+            self.wfile.write(self.body.encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.answer = Answer
+    server.link = SuperLinkAddress(f"127.0.0.1:{server.server_address[1]}", True, None)
+    yield server
+    server.shutdown()
+
+
+def test_overrides_survive_the_way_through_flower():
+    from flwr.common.serde import user_config_from_proto, user_config_to_proto
 
     path = """output_dir='a "b" c'"""
     values = check_run_config('hydra-overrides="num_rounds=3"', [path])
-    file = write_toml(tmp_path / "run.toml", values)
-    read = parse_config_args([str(file)])["hydra-overrides"]
+    read = user_config_from_proto(user_config_to_proto(values))["hydra-overrides"]
     assert check_run_config("", [])["hydra-overrides"] == ""
     assert read == values["hydra-overrides"]
     assert read.startswith("num_rounds=3 ")
@@ -63,10 +104,55 @@ def test_an_impossible_port_gets_one_line(port):
         check_port(port)
 
 
+def test_the_apps_are_found_without_importing_them():
+    code = "import sys; from fedssl.deployment.checks import check_app; "
+    code += "print(check_app('app:client2', 'clientapp'), check_app('app:server', 'serverapp'), "
+    code += "'torch' in sys.modules, 'app' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["client2", "server", "False", "False"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def server(): pass", "app has no ServerApp 'server'"),
+        ("server = ClientApp()", "app has no ServerApp 'server'"),
+        ("servers = flwr.ServerApp()", "did you mean app:servers"),
+        ("server = = 1", "app.py can't be read"),
+    ],
+)
+def test_another_kind_of_app_gets_one_line(text, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pyproject.toml").write_text(
+        '[tool.flwr.app.components]\nserverapp = "app:server"\nclientapp = "app:client"\n'
+    )
+    (tmp_path / "app.py").write_text(text)
+    with pytest.raises(UserError, match=message):
+        check_app("app:server", "serverapp")
+
+
+def test_a_client_certificate_is_checked_before_anything_starts(tmp_path):
+    make_certificates(tmp_path, [], nodes=0, days=1)
+    both = tmp_path / "both.pem"
+    parser = _parser("x", "app:client", "a ClientApp")
+    given = parser.parse_args(["app:client", "--root-certificates", str(tmp_path / "ca.crt")])
+    given.certificate = tmp_path / "server.crt"
+    with pytest.raises(UserError, match="must hold a certificate and its key"):
+        check_link(given)
+    both.write_bytes(
+        (tmp_path / "server.crt").read_bytes() + (tmp_path / "server.key").read_bytes()
+    )
+    given.certificate = both
+    assert check_link(given).certificate == both
+    given.insecure, given.root_certificates = True, None
+    with pytest.raises(UserError, match="exclude each other"):
+        check_link(given)
+
+
 def test_waiting_for_a_superlink_has_an_end(capsys):
     began = time.monotonic()
     with pytest.raises(RuntimeError, match=r"no SuperLink at .*Connection refused"):
-        await_link(NOBODY, 0.5)
+        await_superlink(NOBODY, 0.5)
     assert time.monotonic() - began < 3
     assert "Waiting up to 0.5 s" in capsys.readouterr().out
 
@@ -76,9 +162,40 @@ def test_a_silent_superlink_counts_as_not_there(monkeypatch):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        link = Link(f"127.0.0.1:{silent.getsockname()[1]}", True, None)
+        link = SuperLinkAddress(f"127.0.0.1:{silent.getsockname()[1]}", True, None)
         with pytest.raises(RuntimeError, match=r"no SuperLink at .*timed out"):
-            await_link(link, 0.1)
+            await_superlink(link, 0.1)
+
+
+@pytest.mark.parametrize("status", [200, 401, 404, 405, 429])
+def test_any_answer_of_a_superlink_is_a_sign_of_life(answering, status):
+    answering.answer.status = status
+    answering.link.probe()
+    assert answering.asked == "/v1/fleet/pull-messages"
+
+
+@pytest.mark.parametrize("status", [502, 503, 504])
+def test_a_proxy_without_its_superlink_counts_as_not_there(answering, status):
+    answering.answer.status = status
+    with pytest.raises(RuntimeError, match=f"its proxy answers {status}"):
+        await_superlink(answering.link, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (
+            "400 No required SSL certificate was sent",
+            "asks for a client.*--certificate",
+        ),
+        ("400 The SSL certificate error", r"not accepted.*--certificate"),
+        ("400 The plain HTTP request was sent to HTTPS port", "only takes encrypted"),
+    ],
+)
+def test_a_proxy_that_wants_a_certificate_refuses_at_once(answering, body, message):
+    answering.answer.status, answering.answer.body = 400, body
+    with pytest.raises(RuntimeError, match=message):
+        await_superlink(answering.link, 60)
 
 
 def test_a_process_without_its_superlink_is_given_up(monkeypatch):
@@ -86,7 +203,7 @@ def test_a_process_without_its_superlink_is_given_up(monkeypatch):
     node = python("import time; time.sleep(60)")
     try:
         with pytest.raises(RuntimeError, match=r"has been gone for 0.3 s"):
-            node.wait(NOBODY, 0.3)
+            node.wait(Watch(NOBODY, 0.3))
     finally:
         node.stop()
     assert node.process.returncode is not None
@@ -120,12 +237,77 @@ def test_output_is_passed_on_and_the_reason_found(capsys):
         "[code: 3] Unknown SuperNode.\\n\\nFor more information, visit: <https://flower.ai>"
     )
     node = python(f'import sys; print("""{flower}"""); sys.exit(5)')
-    assert node.wait(NOBODY, 60) == 5
+    assert node.wait(Watch(NOBODY, 60)) == 5
+    node.stop()
     assert "Exit Code: 305" in capsys.readouterr().out
-    assert node.reason() == "Failed to initialize the connection. [code: 3] Unknown SuperNode."
+    reason = reason_of(list(node.last_lines))
+    assert reason == "Failed to initialize the connection. [code: 3] Unknown SuperNode."
 
 
 def test_flowers_commands_are_found_without_an_activated_environment():
     first = environment()["PATH"].split(os.pathsep)[0]
-    assert os.path.exists(os.path.join(first, "flower-supernode"))
+    assert os.path.exists(os.path.join(first, "flower-superexec"))
     assert environment(FLWR_HOME="x")["FLWR_HOME"] == "x"
+
+
+def test_only_a_node_that_was_connected_a_moment_ago_may_be_taken_for_connected(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    key, other = tmp_path / "key", tmp_path / "other"
+    assert not Presence(key).is_recent()
+    Presence(key).note()
+    assert Presence(key).is_recent()
+    assert not Presence(other).is_recent()
+    (file,) = (tmp_path / "connected").iterdir()
+    long_ago = time.time() - 1000
+    os.utime(file, (long_ago, long_ago))
+    assert not Presence(key).is_recent()
+    Presence(key).note()
+    Presence(key).clear()
+    assert not Presence(key).is_recent()
+    assert stat.S_IMODE((tmp_path / "connected").stat().st_mode) == 0o700
+
+
+SUPERNODES = {  # what Flower's command may do
+    "refused": "print('[code: 2004] no'); raise SystemExit(1)",
+    "lost": "print('INFO: SuperNode ID: 7'); raise SystemExit(0)",
+}
+
+
+@pytest.fixture
+def node(answering, tmp_path, monkeypatch):
+    """Give nodes whose SuperNode is a line of Python, which notes its starts in a file."""
+    monkeypatch.setattr("fedssl.deployment.node.RETRY_EVERY_S", 0.1)
+    monkeypatch.setattr("fedssl.deployment.superlink.PROBE_EVERY_S", 0.1)
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+    def make(kind, max_wait_s, key=None):
+        code = f"open('starts', 'a').write('x'); {SUPERNODES[kind]}"
+        monkeypatch.setattr("fedssl.deployment.node.SUPERNODE", [sys.executable, "-c", code])
+        return Node([], environment(), answering.link, max_wait_s, key)
+
+    make.starts = lambda: len((tmp_path / "starts").read_text())
+    return make
+
+
+def test_a_node_that_is_refused_at_its_first_start_ends_at_once(node):
+    with pytest.raises(RuntimeError, match="does not know this node's key"):
+        node("refused", 60).run()
+    assert node.starts() == 1
+
+
+def test_a_refusal_after_a_death_without_goodbye_is_tried_again(node, tmp_path):
+    key = tmp_path / "key"
+    Presence(key).note()
+    with pytest.raises(RuntimeError, match=r"does not know this node's key.*again for 0.5 s"):
+        node("refused", 0.5, key).run()
+    assert node.starts() > 1
+
+
+def test_a_node_that_loses_its_superlink_connects_again(node, capsys):
+    with pytest.raises(RuntimeError, match=r"tried again for 0.5 s"):
+        node("lost", 0.5).run()
+    assert node.starts() > 1
+    assert "it connects again" in capsys.readouterr().out
