@@ -25,6 +25,7 @@ from flwr.superlink.cli.flower_superlink import flower_superlink
 from fedssl.config.roster import Member, read_roster
 from fedssl.deployment.bundle import BadBundle, digest_of, own_digest
 from fedssl.deployment.commands import environment
+from fedssl.deployment.node import POLLING
 from fedssl.errors import UserError
 
 LOOPBACK = "127.0.0.1"
@@ -62,7 +63,7 @@ def serve(folder: Path, port: int, database: Path | None, project: Path | None) 
 
     _after_state(prepare)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again at its end
-    os.environ.update(environment())
+    os.environ.update(environment(**POLLING))
     arguments = ["--host", LOOPBACK, "--port", str(port), "--enable-supernode-auth"]
     arguments += ["--database", str((database or folder / "superlink.db").resolve())]
     for flag, name in (("ca-certfile", "ca.crt"), ("certfile", "server.crt")):
