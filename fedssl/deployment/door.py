@@ -143,7 +143,7 @@ http {
     default_type text/plain;
     map_hash_bucket_size 1024;
     map_hash_max_size 8192;
-    map $status $is_refused { ~^[23] 0; default 1; }
+    map $status $is_refused { ~^[23] 0; 405 0; default 1; }  # 405: signs of life
     log_format refused '$time_iso8601 $remote_addr "$ssl_client_s_dn" "$request" $status';
     access_log door/refused.log refused if=$is_refused;
 

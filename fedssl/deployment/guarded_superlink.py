@@ -4,6 +4,7 @@ Flower's own command, in this process, with three things added at one place each
 the app and how a restart finds the nodes.
 """
 
+import logging
 import os
 import signal
 import socket
@@ -62,6 +63,7 @@ def serve(folder: Path, port: int, database: Path | None, project: Path | None) 
         signal.signal(signal.SIGHUP, lambda *_: _reload(state, files["nodes.yaml"]))
 
     _after_state(prepare)
+    logging.getLogger("uvicorn.access").addFilter(_is_no_sign_of_life)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again at its end
     os.environ.update(environment(**POLLING))
     arguments = ["--host", LOOPBACK, "--port", str(port), "--enable-supernode-auth"]
@@ -71,6 +73,11 @@ def serve(folder: Path, port: int, database: Path | None, project: Path | None) 
     arguments += ["--ssl-keyfile", str(files["server.key"])]
     sys.argv = ["flower-superlink", *arguments, "--disable-runtime-dependency-installation"]
     flower_superlink()
+
+
+def _is_no_sign_of_life(record: logging.LogRecord) -> bool:
+    """Leave the commands' probes, several a second, out of the log."""
+    return not (isinstance(record.args, tuple) and record.args[-1] == 405)
 
 
 def sync_nodes(state: LinkState, members: Iterable[Member]) -> list[str]:
