@@ -86,9 +86,17 @@ class Federation:
         self.wait_for_port("door", self.door_port)
 
     def reload_door(self) -> None:
-        """Have nginx read its file anew."""
+        """Have nginx read its file anew, and wait until its old workers are gone."""
+        pid = self.started["door"].pid
+        children = Path(f"/proc/{pid}/task/{pid}/children")
+        old = set(children.read_text().split())
         given = ["-p", str(self.certificates), "-c", "nginx.conf", "-s", "reload"]
         subprocess.run([str(NGINX), *given], check=True, capture_output=True)
+        deadline = time.monotonic() + 30
+        while old & set(children.read_text().split()):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"nginx keeps its old workers:\n{self.log('door')}")
+            time.sleep(0.1)
 
     def hang_up_superlink(self) -> None:
         """Have the SuperLink read nodes.yaml anew, and wait until it has."""
