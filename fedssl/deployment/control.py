@@ -190,5 +190,5 @@ class FollowedRun:
     def _lost(self, how: str) -> str:
         return (
             f"run {self._run_id} was lost when the SuperLink at {self._link.address} went away "
-            f"({how}); go on from its last round with resume=latest"
+            f"({how}); give the same command again with resume=latest"
         )

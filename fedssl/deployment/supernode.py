@@ -187,7 +187,7 @@ def end_with(parent_pid: int) -> None:
     def watch() -> None:
         while os.getppid() == parent_pid:
             time.sleep(WATCH_EVERY_S)
-        threading.Thread(target=kill_group).start()  # no daemon: outlives Flower's main thread
+        threading.Thread(target=kill_group, daemon=False).start()  # outlives the main thread
         os.kill(os.getpid(), signal.SIGTERM)  # Flower says goodbye to the SuperLink
 
     def kill_group() -> None:
