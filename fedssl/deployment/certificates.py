@@ -1,4 +1,15 @@
-"""A private certificate authority, the SuperLink's certificate, and keys of nodes."""
+"""A private certificate authority, the certificates it signs, and the keys of nodes.
+
+    ca.crt, ca.key           the authority
+    server.crt, server.key   for the SuperLink on this machine and the door outside
+    NAME, NAME.pub           a node's key pair for Flower's own authentication (OpenSSH)
+    NAME.pem                 its TLS client certificate with another private key; NAME.crt:
+                             the certificate alone, which stays when NAME.pem has left
+    nodes.yaml               which node holds which partition
+    nginx.conf               the door (see `fedssl.deployment.door`)
+
+A site needs ca.crt, NAME and NAME.pem.
+"""
 
 import ipaddress
 import os
@@ -11,6 +22,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fedssl.deployment.members import check_node_name, update_roster
 from fedssl.errors import UserError
 
 ALWAYS = ["localhost", "127.0.0.1", "::1"]  # the SuperLink's own processes connect here
@@ -18,11 +30,14 @@ CURVE = ec.SECP384R1  # what Flower's node authentication expects
 PEM = serialization.Encoding.PEM
 
 
-def make_certificates(folder: Path, hosts: Sequence[str], nodes: int, days: int) -> list[Path]:
-    """Write what is missing of the authority, the certificate and the node keys.
+def make_certificates(
+    folder: Path, hosts: Sequence[str], nodes: Sequence[str], days: int
+) -> list[Path]:
+    """Write what is missing of the authority, the certificates and the node keys; then the roster.
 
     Args:
-        hosts: names and addresses under which nodes reach the SuperLink.
+        hosts: names and addresses under which nodes reach the server.
+        nodes: names of the nodes to add.
         days: how long the certificates are valid.
 
     Returns:
@@ -33,12 +48,16 @@ def make_certificates(folder: Path, hosts: Sequence[str], nodes: int, days: int)
     """
     names = list(dict.fromkeys([*hosts, *ALWAYS]))
     alternatives = [_general_name(name) for name in names]
+    for name in nodes:
+        check_node_name(name)
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.chmod(0o700)
         made = _make_authority(folder, days)
-        made += _make_server(folder, alternatives, days)
-        for number in range(1, nodes + 1):
-            made += _make_node(folder / f"node{number}")
+        made += _make_server(folder, alternatives if hosts else [], days)
+        for name in nodes:
+            made += _make_node(folder, name) + _make_client(folder, name, days)
+        update_roster(folder)
     except OSError as error:
         raise UserError(f"--out={folder}: can't be written ({error.strerror})") from error
     return made
@@ -81,35 +100,61 @@ def _make_server(folder: Path, names: list[x509.GeneralName], days: int) -> list
                 f"{key_file.name} to make them again"
             )
         return []
-    authority = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
-    authority_key = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
-    if not isinstance(authority_key, ec.EllipticCurvePrivateKey):
-        raise UserError(f"--out={folder}: ca.key is not of an elliptic curve; choose another")
     key = ec.generate_private_key(CURVE())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "SuperLink")])
-    signer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key())
-    signed = (
-        _builder(subject, authority.subject, key, days)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(signer, critical=False)
-        .sign(authority_key, hashes.SHA384())
-    )
+    everyone = names or [_general_name(name) for name in ALWAYS]
+    signed = _sign(folder, "SuperLink", key, ExtendedKeyUsageOID.SERVER_AUTH, days, everyone)
     _write_private(key_file, key, serialization.PrivateFormat.PKCS8, PEM)
     file.write_bytes(signed.public_bytes(PEM))
     return [file, key_file]
 
 
-def _make_node(key_file: Path) -> list[Path]:
-    public = key_file.with_suffix(".pub")
-    if key_file.exists() and public.exists():
+def _make_node(folder: Path, name: str) -> list[Path]:
+    key_file, public = folder / name, folder / f"{name}.pub"
+    if public.exists():  # a site may have made its own, and sent only that
         return []
     key = ec.generate_private_key(CURVE())
     _write_private(key_file, key, serialization.PrivateFormat.OpenSSH, PEM)
     openssh = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
     public.write_bytes(key.public_key().public_bytes(*openssh) + b"\n")
     return [key_file, public]
+
+
+def _make_client(folder: Path, name: str, days: int) -> list[Path]:
+    file, public = folder / f"{name}.pem", folder / f"{name}.crt"
+    if public.exists():
+        return []
+    key = ec.generate_private_key(CURVE())
+    signed = _sign(folder, name, key, ExtendedKeyUsageOID.CLIENT_AUTH, days)
+    file.unlink(missing_ok=True)
+    _write_private(file, key, serialization.PrivateFormat.PKCS8, PEM, signed.public_bytes(PEM))
+    public.write_bytes(signed.public_bytes(PEM))
+    return [file, public]
+
+
+def _sign(
+    folder: Path,
+    name: str,
+    key: ec.EllipticCurvePrivateKey,
+    usage: x509.ObjectIdentifier,
+    days: int,
+    alternatives: Sequence[x509.GeneralName] = (),
+) -> x509.Certificate:
+    authority = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
+    authority_key = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
+    if not isinstance(authority_key, ec.EllipticCurvePrivateKey):
+        raise UserError(f"--out={folder}: ca.key is not of an elliptic curve; choose another")
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    signer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key())
+    builder = (
+        _builder(subject, authority.subject, key, days)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+        .add_extension(signer, critical=False)
+    )
+    if alternatives:
+        names = x509.SubjectAlternativeName(alternatives)
+        builder = builder.add_extension(names, critical=False)
+    return builder.sign(authority_key, hashes.SHA384())
 
 
 def _builder(
@@ -146,8 +191,9 @@ def _write_private(
     key: ec.EllipticCurvePrivateKey,
     form: serialization.PrivateFormat,
     encoding: serialization.Encoding,
+    before: bytes = b"",
 ) -> None:
     """Write a private key that only its owner may read, replacing none."""
-    data = key.private_bytes(encoding, form, serialization.NoEncryption())
+    data = before + key.private_bytes(encoding, form, serialization.NoEncryption())
     with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
         out.write(data)

@@ -132,7 +132,7 @@ def test_another_kind_of_app_gets_one_line(text, message, tmp_path, monkeypatch)
 
 
 def test_a_client_certificate_is_checked_before_anything_starts(tmp_path):
-    make_certificates(tmp_path, [], nodes=0, days=1)
+    make_certificates(tmp_path, [], nodes=[], days=1)
     both = tmp_path / "both.pem"
     parser = _parser("x", "app:client", "a ClientApp")
     given = parser.parse_args(["app:client", "--root-certificates", str(tmp_path / "ca.crt")])

@@ -6,7 +6,6 @@ fails; the message of a failure shows the end of them.
 
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -15,14 +14,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import ROOT
-from PIL import Image
-from runs.test_encoder_file import PAGE
 
 from benchmarks.performance.simulation import descendants
-from fedssl.deployment.certificates import make_certificates
 from fedssl.deployment.checks import free_port
 
 BIN = Path(sys.executable).parent
@@ -181,71 +176,6 @@ def test_the_four_commands_give_the_numbers_of_the_simulation(place):
     status, output = place.run(sys.executable, "test.py", *evaluate)
     assert status == 0, output
     assert (run / "results.json").is_file()
-
-
-@pytest.mark.slow
-def test_own_folders_over_tls_with_authenticated_nodes(place):
-    """The walkthrough's run of three sites, each with a folder and a key."""
-    start_line = r"^flower-server-app app:server --insecure (dataset=.*num_clients=3)$"
-    (chosen,) = re.findall(start_line, PAGE, re.MULTILINE)
-    keys = place.folder / "certificates"
-    make_certificates(keys, [], nodes=4, days=1)  # node4 is never registered
-    tls = ["--ssl-ca-certfile", f"{keys}/ca.crt", "--ssl-certfile", f"{keys}/server.crt"]
-    tls += ["--ssl-keyfile", f"{keys}/server.key", "--enable-supernode-auth"]
-    place.superlink(*tls)
-    (place.home / ".flwr").mkdir(exist_ok=True)
-    (place.home / ".flwr" / "config.toml").write_text(
-        f'[superlink.sites]\naddress = "{place.link}"\nroot-certificates = "{keys}/ca.crt"\n'
-    )
-    for number in range(1, 4):
-        register = ["flwr", "supernode", "register", f"{keys}/node{number}.pub", "sites"]
-        status, output = place.run(*register)
-        assert status == 0, output
-        own = place.folder / f"site{number} images"
-        write_images(own, 12 + number, seed=number)
-        flowers_own = ("flower-supernode", "--port", str(free_port()))
-        command = flowers_own if number == 1 else ("flower-client-app", "app:client")
-        place.start(
-            f"node{number}",
-            *(*command, "--superlink", place.link, "--root-certificates", f"{keys}/ca.crt"),
-            *("--auth-supernode-private-key", f"{keys}/node{number}"),
-            *("--node-config", f'partition-id={number - 1} data-path="{own}"'),
-        )
-    to = ("--superlink", place.link, "--root-certificates", f"{keys}/ca.crt")
-    overrides = [*chosen.split(), *TINY, "num_rounds=1", f"output_dir={place.outputs}"]
-    status, output = place.run("flower-server-app", "app:server", *to, *overrides)
-    assert status == 0, output
-    row = place.rounds()[0]
-    assert [client["num_examples"] for client in row["clients"]] == [11, 12, 13], output
-    assert row["knn"] is None  # the server has no images
-    assert row["failures"] == []
-
-    other = place.folder / "other"
-    make_certificates(other, [], nodes=1, days=1)
-    trust = ["--root-certificates", f"{keys}/ca.crt"]
-    key = "--auth-supernode-private-key"
-    refused(place, "does not know this node's key", *trust, key, f"{keys}/node4")
-    refused(place, "only takes nodes whose keys it knows", *trust)
-    refused(place, "it closes unencrypted connections", "--insecure")
-    distrust = ["--root-certificates", f"{other}/ca.crt", key, f"{keys}/node1"]
-    refused(place, "certificate is not accepted", *distrust)
-
-
-def refused(place, reason, *arguments):
-    """A node that may not take part ends with a reason in its last line."""
-    node = ["flower-client-app", "app:client1", "--superlink", place.link, "--max-wait-time", "2"]
-    status, output = place.run(*node, *arguments)
-    assert status == 1, output
-    assert reason in output.splitlines()[-1], output
-
-
-def write_images(folder, count, seed):
-    """Write unlabelled colour images, as a site would hold them."""
-    folder.mkdir()
-    rng = np.random.default_rng(seed)
-    for number in range(count):
-        pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"image {number}.png")
 
 
 @pytest.mark.slow
