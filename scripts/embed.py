@@ -112,8 +112,8 @@ def write_features(
     ):
         task = progress.add_task("embedding", total=len(files))
         for batch in decode_batches(encoded(files), trained.image_size, batch_size):
-            good = [(image.data, pixels) for image, pixels in batch if pixels is not None]
-            unreadable += [image.name for image, pixels in batch if pixels is None]
+            good = [(image.data, decoded.pixels) for image, decoded in batch if decoded]
+            unreadable += [image.name for image, decoded in batch if decoded is None]
             if good:
                 names, pixels = zip(*good, strict=True)
                 features = extract_features(

@@ -117,7 +117,8 @@ def _open_deep_png(data: bytes | Path) -> Image.Image:
 
 def _depth_said(image: Image.Image) -> int | None:
     """Give the bits of a pixel that a file says it uses, if it says so."""
-    if image.format == "PPM" and image.tile and image.tile[0][0].startswith("ppm"):
+    tiles = getattr(image, "tile", None)
+    if image.format == "PPM" and tiles and tiles[0][0].startswith("ppm"):
         return 16  # Pillow has scaled the values by the largest that the header names
     largest = getattr(image, "tag_v2", {}).get(MAX_SAMPLE_VALUE)
     largest = largest[0] if isinstance(largest, tuple) else largest

@@ -1,6 +1,7 @@
 """Images that are ready for training."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -24,6 +25,7 @@ class ImageSet:
         key: names the cache entry; equal keys mean equal contents.
         content: SHA-256 of the training images' pixels.
         name: of the data set, for messages.
+        assumed: of how many files what was decided that they left open.
     """
 
     train: Images
@@ -33,6 +35,7 @@ class ImageSet:
     key: str
     content: str
     name: str
+    assumed: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def labelled(self) -> bool:
