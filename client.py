@@ -1,6 +1,8 @@
 """The ClientApp: who a client is, what it keeps, and its answers to messages."""
 
 import functools
+import logging
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -8,13 +10,16 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.clientapp.typing import Mod
+from flwr.clientapp.typing import ClientAppCallable, Mod
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from fedssl.compute import Backend, choose_backend, release_memory
+from fedssl.compute import Backend, choose_backend, release_memory, share_cores
+from fedssl.data.cache import name_some
+from fedssl.data.image_set import ImageSet
 from fedssl.data.partitions import split_held_out
 from fedssl.data.views import Augmentation
+from fedssl.errors import UserError
 from fedssl.federation.messages import (
     ARRAYS,
     CONFIG,
@@ -39,6 +44,8 @@ from utils import (
 
 Metrics = dict[str, int | float | list[int] | list[float]]  # as Flower has them
 LOCAL = "method-arrays"  # what a method keeps with its client, in Flower's `context.state`
+SEE_LOG = "see the node's log"
+log = logging.getLogger("flwr")  # at a node, what the node's command shows
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,8 @@ class ClientConfig:
         config_text: the run's configuration as YAML.
         partition: which of `num_partitions` parts of the data set it holds.
         data_path: its own folder of images instead; labels are not looked for.
-        standalone: nobody else has opened and checked its images before.
+        standalone: at a node of its own: nobody else has opened and checked its images
+            before, and names of its files stay there.
     """
 
     config_text: str
@@ -68,6 +76,7 @@ class ClientState:
         partitions: the rows of each.
         held_out: share of a client's images that are kept for its evaluation.
         first_local: the method's arrays that never travel, as a client begins.
+        unreadable: names of files that could not be decoded.
     """
 
     pixels: Pixels
@@ -80,6 +89,7 @@ class ClientState:
     seed: int
     held_out: float
     first_local: Mapping[str, Tensor] = field(default_factory=dict)
+    unreadable: Sequence[str] = ()
 
     def views_of(self, round_number: int) -> Augmentation:
         """Give the views of a round; their size may grow over the rounds."""
@@ -98,10 +108,12 @@ def load_client(config_text: str, num_partitions: int, data_path: str | None) ->
     if config.num_cpus:
         torch.set_num_threads(config.num_cpus)
     backend = choose_backend(config.precision, config.num_gpus)
-    images, partitions = open_client_images(config, num_partitions, data_path)
+    image_set, partitions = open_client_images(config, num_partitions, data_path)
+    if image_set.fresh:
+        tell_unreadable(image_set)
     method = build_method(config, backend.device)
     return ClientState(
-        cache_on_device(images.pixels, backend.device),
+        cache_on_device(image_set.train.pixels, backend.device),
         partitions,
         method,
         backend,
@@ -111,7 +123,29 @@ def load_client(config_text: str, num_partitions: int, data_path: str | None) ->
         config.seed,
         config.held_out,
         local_arrays(method),
+        image_set.unreadable,
     )
+
+
+def tell_unreadable(image_set: ImageSet) -> None:
+    """Name the files that could not be decoded in the log of this process, once."""
+    if names := tuple(image_set.unreadable):
+        total = len(names) + len(image_set.train.pixels)
+        _warn(names, total + (len(image_set.test.pixels) if image_set.test else 0))
+
+
+@functools.lru_cache
+def _warn(names: tuple[str, ...], total: int) -> None:
+    told = name_some(list(names))
+    log.warning("%d of %d images can't be read and are left out: %s", len(names), total, told)
+
+
+def take_cores(client: ClientConfig) -> None:
+    """Take a node's share of this machine's cores, unless the run says how many."""
+    if not read_config(client.config_text).num_cpus:
+        share = share_cores()
+        torch.set_num_threads(share.cores)
+        log.info("partition %d %s", client.partition, share)
 
 
 Identify = Callable[[Context], ClientConfig]
@@ -146,7 +180,7 @@ def make_client_app(
             they see plain arrays, those that the strategy acts on, on the way in and out.
         load: gives what the client works with.
     """
-    app = ClientApp(mods=[packed_transport])
+    app = ClientApp(mods=[explain_errors(identify), packed_transport])
     for register, answer in (
         (app.train(mods=list(mods)), train_reply),
         (app.evaluate(), evaluate_reply),
@@ -162,14 +196,52 @@ Answer = Callable[[ClientConfig, ClientState, Message, Context], Message]
 def _answer(
     identify: Identify, load: Load, answer: Answer, message: Message, context: Context
 ) -> Message:
-    """Answer a message; say of an error whose it is, which Flower's error replies don't."""
     client = identify(context)
+    if client.standalone:
+        take_cores(client)
     try:
         return answer(client, load(client), message, context)
-    except Exception as error:
-        raise RuntimeError(f"partition {client.partition}: {error}") from error
     finally:
         release_memory()
+
+
+def explain_errors(identify: Identify) -> Mod:
+    """Make the mod around all others: it says of an error whose it is and what of it travels.
+
+    Flower's error replies carry the text of an exception, and nothing of whose it is. Of an
+    error at a node of its own they carry no more than `public_text`; all of it goes into the
+    node's log.
+    """
+
+    def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        who, standalone = "", True
+        try:
+            client = identify(context)
+            who, standalone = f"partition {client.partition}: ", client.standalone
+            return call_next(message, context)
+        except Exception as error:
+            if not standalone:
+                raise RuntimeError(f"{who}{error}") from error
+            known = isinstance(error, UserError)
+            log.error("%s%s", who, error if known else traceback.format_exc().rstrip())
+            raise RuntimeError(f"{who}{public_text(error)}") from None
+
+    return mod
+
+
+def public_text(error: Exception) -> str:
+    """Say of an error what may leave a node: never the name of a file or folder.
+
+    A UserError says itself what is public; the loss of a training is; of all others it is
+    the type.
+    """
+    if isinstance(error, FloatingPointError):
+        return str(error)
+    if not isinstance(error, UserError):
+        return f"{type(error).__name__}; {SEE_LOG}"
+    if error.public is None:
+        return f"a setting does not suit it; {SEE_LOG}"
+    return error.public if error.public == str(error) else f"{error.public}; {SEE_LOG}"
 
 
 def query_reply(
@@ -178,7 +250,8 @@ def query_reply(
     """Answer which partition this client holds, once its images are open, intact and enough."""
     if client.standalone:
         config = read_config(client.config_text)
-        open_client_images(config, client.num_partitions, client.data_path, verify=True)
+        opened = open_client_images(config, client.num_partitions, client.data_path, verify=True)
+        tell_unreadable(opened[0])
     state.rows_of(client)
     metrics = MetricRecord({"partition-id": client.partition})
     return Message(RecordDict({METRICS: metrics}), reply_to=message)
@@ -209,6 +282,8 @@ def train_reply(
         "train-loss": result.loss,
         "images": result.images,
         "images-per-second": result.images_per_second,
+        "cores": torch.get_num_threads(),
+        "unreadable-images": len(state.unreadable),
     }
     content = write_state(state.method.shared_state(), list(message.content[ARRAYS]))
     content[METRICS] = MetricRecord(metrics)

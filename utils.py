@@ -19,11 +19,11 @@ from omegaconf import DictConfig, OmegaConf
 from fedssl.compute import Backend, choose_backend
 from fedssl.data import partitions
 from fedssl.data.cache import Report, open_image_set
-from fedssl.data.image_set import Images, ImageSet
+from fedssl.data.image_set import ImageSet
 from fedssl.data.sources.base import Source
 from fedssl.data.sources.folder import own_folder
 from fedssl.data.views import Augmentation, make_augmentation
-from fedssl.errors import UserError
+from fedssl.errors import SettingError, UserError
 from fedssl.federation.aggregation import build_strategy, fraction_train
 from fedssl.federation.nodes import Nodes, Patience, no_op
 from fedssl.federation.resources import (
@@ -125,7 +125,7 @@ def open_partitions(
 
 def open_client_images(
     config: DictConfig, num_partitions: int, data_path: str | None, verify: bool = False
-) -> tuple[Images, list[np.ndarray]]:
+) -> tuple[ImageSet, list[np.ndarray]]:
     """Open a node's own folder, all of it, or the data set that is dealt out to all.
 
     Raises:
@@ -133,17 +133,20 @@ def open_client_images(
     """
     if data_path is None:
         if not open_source(config.dataset).is_here:
-            raise UserError('this node has no images; put data-path="DIR" into its --node-config')
+            raise SettingError(
+                'this node has no images; put data-path="DIR" into its --node-config'
+            )
         image_set = open_images(config, verify=verify)
-        return image_set.train, open_partitions(config, image_set, num_partitions)
+        return image_set, open_partitions(config, image_set, num_partitions)
     folder = own_folder(data_path, config.dataset.name)
     place = config.dataset.image_size, config.cache_dir, config.seed
     try:
-        train = open_image_set(folder, *place, verify=verify).train
+        image_set = open_image_set(folder, *place, verify=verify)
     except UserError as error:
-        raise UserError(str(error).replace("dataset.path", "data-path")) from error
+        line = str(error).replace("dataset.path", "data-path")
+        raise UserError(line, public=error.public) from error
     order = np.random.default_rng(derive_seed(config.seed, "partition"))
-    return train, [order.permutation(len(train.pixels))]
+    return image_set, [order.permutation(len(image_set.train.pixels))]
 
 
 def build_views(config: DictConfig, output_size: int | None = None) -> Augmentation:
@@ -170,7 +173,7 @@ def build_method(config: DictConfig, device: torch.device) -> Method:
             method: Method = instantiate(plain(config.method), encoder=Encoder(settings))
         except InstantiationException as error:
             reason = str(error.__cause__ or error).splitlines()[0]
-            raise UserError(f"method: {reason}") from error
+            raise SettingError(f"method: {reason}") from error
     return method.to(device).to(memory_format=torch.channels_last)
 
 

@@ -53,7 +53,7 @@ from fedssl.evaluation.knn import knn_accuracy
 from fedssl.evaluation.linear import train_linear_head
 from fedssl.federation.local_grid import LocalGrid
 from fedssl.federation.nodes import Nodes
-from fedssl.federation.resources import count_cores
+from fedssl.compute import count_cores
 from fedssl.methods.base import local_arrays
 from fedssl.networks.encoder import Encoder
 from fedssl.runs.directory import RunDirectory

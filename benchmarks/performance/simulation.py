@@ -27,7 +27,7 @@ from statistics import median
 from omegaconf import OmegaConf
 
 from fedssl.env import ROOT
-from fedssl.federation.resources import count_cores
+from fedssl.compute import count_cores
 from fedssl.runs.provenance import provenance
 
 SAMPLE_EVERY_S = 5.0  # reading smaps costs time

@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 from fedssl.config.fields import OWN_WORDS, Section, key_of, nearest
 from fedssl.config.options import model_of_option
 from fedssl.config.schema import GROUPS, PROGRAMS
-from fedssl.errors import UserError
+from fedssl.errors import SettingError
 
 WRONG_TYPE = {
     "int_type": "a whole number",
@@ -93,7 +93,7 @@ def _sections(
     for group in groups:
         section = settings.get(group)
         if not isinstance(section, Mapping):
-            raise UserError(f"{group}: missing; choose an option, as in {group}=OPTION")
+            raise SettingError(f"{group}: missing; choose an option, as in {group}=OPTION")
         yield f"{group}.", _model_of(group, section, f"{group}."), section
 
 
@@ -109,7 +109,7 @@ def _model_of(group: str, section: Mapping[str, Any], prefix: str) -> type[Secti
         model = model_of_option(group, str(told))
     if model is None:
         hint = nearest(str(told), plan.models)
-        raise UserError(f"{prefix}{plan.told_by}={told}: {hint}")
+        raise SettingError(f"{prefix}{plan.told_by}={told}: {hint}")
     return model
 
 
@@ -120,7 +120,7 @@ def _check_section(
         model.model_validate(section)
     except ValidationError as error:
         details = error.errors(include_url=False)
-        raise UserError(_explain(prefix, model, details[0], settings)) from error
+        raise SettingError(_explain(prefix, model, details[0], settings)) from error
     _refuse_missing(prefix, model, section)
 
 
@@ -129,7 +129,7 @@ def _refuse_missing(prefix: str, model: type[Section], section: Mapping[str, Any
     for name, field in model.model_fields.items():
         key, inner = key_of(model, name), field.annotation
         if key not in section:
-            raise UserError(f"{prefix}{key}: {MISSING}")
+            raise SettingError(f"{prefix}{key}: {MISSING}")
         if _is_section(inner):
             _refuse_missing(f"{prefix}{key}.", inner, section[key])
 
@@ -205,6 +205,6 @@ def flatten_mapping(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _check_resolution(settings: Mapping[str, Any]) -> None:
     size, side = settings["train"]["eval_resolution"], settings["dataset"]["image_size"]
     if size and size > side:
-        raise UserError(
+        raise SettingError(
             f"train.eval_resolution={size}: the images have {side} pixels; at most these"
         )

@@ -7,7 +7,8 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -52,14 +53,16 @@ def open_image_set(
     Raises:
         UserError: the data can't be found or read, or the cache not written.
     """
-    source.check()
-    entry = Path(cache_dir).expanduser() / _name_entry(source, image_size, seed)
+    with _reading(source):
+        source.check()
+        entry = Path(cache_dir).expanduser() / _name_entry(source, image_size, seed)
     damage = find_damage(entry) if verify and entry.is_dir() else None
     if damage:
         report(f"{WARNING}the cache {entry} is damaged ({damage}) and is built again")
-    if damage or not entry.is_dir():
+    fresh = damage is not None or not entry.is_dir()
+    if fresh:
         _build_cache(entry, source, image_size, seed, report)
-    return _open_cache(entry, source.title)
+    return replace(_open_cache(entry, source.title), fresh=fresh)
 
 
 def find_damage(entry: Path) -> str | None:
@@ -96,13 +99,15 @@ def _build_cache(entry: Path, source: Source, image_size: int, seed: int, report
         scratch = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", dir=entry.parent))
     except OSError as error:
         raise UserError(
-            f"cache_dir={entry.parent}: can't be written ({error.strerror}); choose another"
+            f"cache_dir={entry.parent}: can't be written ({error.strerror}); choose another",
+            public=f"its cache can't be written ({_kind_of(error)})",
         ) from error
     try:
         built, temporary = scratch / "built", scratch / "source"
         built.mkdir()
         temporary.mkdir()
-        splits = _read(source, seed, temporary)
+        with _reading(source):
+            splits = source.read(seed, temporary)
         total = sum(split.count for split in splits.splits.values())
         if total > DECODE_BATCH * 2:
             report(f"Decoding {total:,} images, once; later runs open the cache.")
@@ -110,17 +115,27 @@ def _build_cache(entry: Path, source: Source, image_size: int, seed: int, report
         _put_in_place(built, entry, scratch / "damaged")
     except OSError as error:
         raise UserError(
-            f"cache_dir={entry.parent}: can't be written ({error}); free space or choose another"
+            f"cache_dir={entry.parent}: can't be written ({error}); free space or choose another",
+            public=f"its cache can't be written ({_kind_of(error)})",
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _read(source: Source, seed: int, temporary: Path) -> Splits:
+@contextmanager
+def _reading(source: Source) -> Iterator[None]:
     try:
-        return source.read(seed, temporary)
+        yield
     except OSError as error:
-        raise UserError(f"{source.place}: can't be read ({error}); check the files") from error
+        raise UserError(
+            f"{source.place}: can't be read ({error}); check the files",
+            public=f"its images can't be read ({_kind_of(error)})",
+        ) from error
+
+
+def _kind_of(error: OSError) -> str:
+    """Say what the system refused, without a name of a file."""
+    return os.strerror(error.errno) if error.errno else type(error).__name__
 
 
 def _write_entry(built: Path, splits: Splits, image_size: int, place: str) -> None:
@@ -138,7 +153,8 @@ def _write_entry(built: Path, splits: Splits, image_size: int, place: str) -> No
         if not kept:
             raise UserError(
                 f"{place}: none of the {split.count} {name} images can be "
-                f"read ({name_some(unreadable)}); check the files"
+                f"read ({name_some(unreadable)}); check the files",
+                public=f"none of its {split.count} {name} images can be read",
             )
         sizes[name] = len(kept)
         if split.labels is not None:
@@ -226,4 +242,6 @@ def _open_cache(entry: Path, name: str) -> ImageSet:
             images("train"), test, classes, unreadable, entry.name, content, name, assumed
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the cache {entry} is damaged ({error}); delete it") from error
+        raise UserError(
+            f"the cache {entry} is damaged ({error}); delete it", public="its cache is damaged"
+        ) from error

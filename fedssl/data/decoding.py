@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
 from fedssl.data.sources.base import Encoded
@@ -35,8 +36,11 @@ class Decoded:
 def decode_batches(
     images: Iterator[Encoded], image_size: int, batch_size: int
 ) -> Iterator[list[tuple[Encoded, Decoded | None]]]:
-    """Decode images on all cores, a batch after the other; each with `read_image`'s result."""
-    with ThreadPoolExecutor() as pool:
+    """Decode images, a batch after the other, by as many threads as PyTorch uses.
+
+    Each image comes with `read_image`'s result.
+    """
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         while batch := list(islice(images, batch_size)):
             decoded = pool.map(lambda image: read_image(image.data, image_size), batch)
             yield list(zip(batch, decoded, strict=True))
@@ -96,7 +100,6 @@ def _has_deep_colours(start: bytes) -> bool:
 
 def _open_deep_png(data: bytes | Path) -> Image.Image:
     """Open such a PNG with the upper 8 of the bits that its colours use."""
-    import torch
     from torchvision.io import ImageReadMode, decode_png
 
     content = data if isinstance(data, bytes) else data.read_bytes()

@@ -26,6 +26,7 @@ class ImageSet:
         content: SHA-256 of the training images' pixels.
         name: of the data set, for messages.
         assumed: of how many files what was decided that they left open.
+        fresh: whether it has just been decoded, rather than found in the cache.
     """
 
     train: Images
@@ -36,6 +37,7 @@ class ImageSet:
     content: str
     name: str
     assumed: Mapping[str, int] = field(default_factory=dict)
+    fresh: bool = False
 
     @property
     def labelled(self) -> bool:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from fedssl.data.image_set import Images, ImageSet
-from fedssl.errors import UserError
+from fedssl.errors import SettingError, UserError
 from fedssl.files import write_atomically
 from fedssl.seeding import derive_seed
 
@@ -100,7 +100,7 @@ def partition_rows(
     partitioner_name = str(spec["_target_"]).rpartition(".")[2]
     if "partition_by" in arguments:
         if images.labels is None:
-            raise UserError(
+            raise SettingError(
                 f"partition: {partitioner_name} needs labels, these images have none; "
                 "use partition=iid"
             )
@@ -114,10 +114,12 @@ def partition_rows(
             parts = [partitioner.load_partition(i)["row"] for i in range(num_partitions)]
     except Exception as error:  # flwr-datasets raises ValueError, Hydra wraps it
         reason = str(error.__cause__ or error).splitlines()[0]
-        raise UserError(
+        failed = (
             f"partition: {partitioner_name} can't deal {len(rows)} images out to "
-            f"{num_partitions} clients ({reason}); change num_clients or partition"
-        ) from error
+            f"{num_partitions} clients"
+        )
+        remedy = "change num_clients or partition"
+        raise UserError(f"{failed} ({reason}); {remedy}", public=f"{failed}; {remedy}") from error
     return [np.asarray(part, dtype=np.int64) for part in parts]
 
 
@@ -144,7 +146,7 @@ def class_groups(labels: np.ndarray, classes_per_client: int, seed: int) -> np.n
     """
     classes = np.unique(labels)
     if not 1 <= classes_per_client <= len(classes):
-        raise UserError(
+        raise SettingError(
             f"partition.classes_per_client={classes_per_client}: must be from 1 to "
             f"{len(classes)}, the number of classes"
         )
@@ -162,7 +164,7 @@ def split_held_out(rows: np.ndarray, fraction: float) -> tuple[np.ndarray, np.nd
     """
     held_out = max(2, round(fraction * len(rows)))
     if len(rows) - held_out < 2:
-        raise UserError(
+        raise SettingError(
             f"a client has {len(rows)} images, too few to train on 2 and hold {held_out} out; "
             "use fewer clients or more images"
         )

@@ -2,13 +2,13 @@
 
 import logging
 import math
-import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from fedssl.compute import count_cores
 from fedssl.env import ROOT
 from fedssl.errors import UserError
 
@@ -156,9 +156,3 @@ def _count_slots(machines: Sequence[Machine], num_cpus: int, num_gpus: float) ->
         return min(by_cores, int(machine.gpus / num_gpus)) if num_gpus else by_cores
 
     return max(1, sum(fits(machine) for machine in machines))
-
-
-def count_cores() -> int:
-    """Count the CPU cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1

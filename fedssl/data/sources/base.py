@@ -105,10 +105,16 @@ class Source(ABC):
         if root is None:
             return
         if not root.exists():
-            raise UserError(f"dataset.path={self.path}: no such folder; check the path")
+            raise UserError(
+                f"dataset.path={self.path}: no such folder; check the path",
+                public="its folder of images is not there",
+            )
         if not root.is_dir() or not any(root.iterdir()):
             kind = "an empty folder" if root.is_dir() else "not a folder"
-            raise UserError(f"dataset.path={self.path}: {kind}; give a folder with images")
+            raise UserError(
+                f"dataset.path={self.path}: {kind}; give a folder with images",
+                public=f"where it looks for images is {kind}",
+            )
 
     def fingerprint(self, seed: int) -> list[str]:
         """Tell what decides the decoded images, so that equal lists mean equal images.
@@ -176,6 +182,8 @@ def split_rows(
         raise UserError(
             f"dataset.test_fraction={test_fraction}: the {count} labelled images can't "
             f"be split so that every class appears on both sides ({error}); add images or "
-            "give a test/ folder"
+            "give a test/ folder",
+            public=f"dataset.test_fraction={test_fraction}: its {count} labelled images can't be "
+            "split so that every class appears on both sides",
         ) from error
     return {"train": np.sort(train), "test": np.sort(test)}

@@ -35,7 +35,8 @@ class DigitsSource(Source):
         if self.path:
             raise UserError(
                 f"dataset.path={self.path}: the digits come with scikit-learn, not from a "
-                "folder; add dataset=imagefolder for your own images"
+                "folder; add dataset=imagefolder for your own images",
+                public="the digits come with scikit-learn, not from a folder",
             )
 
     def read(self, seed: int, scratch: Path) -> Splits:

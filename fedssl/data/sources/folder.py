@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fedssl.data.sources.base import Encoded, Source, Split, Splits, split_rows
-from fedssl.errors import UserError
+from fedssl.errors import SettingError, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +58,18 @@ class FolderSource(Source):
         files, labels, classes = _label_images(root / "train" if has_splits else root, self.labels)
         if not files:
             known = ", ".join(extensions())
-            raise UserError(f"{self.place}: no image found (looked for {known})")
+            raise UserError(
+                f"{self.place}: no image found (looked for {known})",
+                public=f"no image found in its folder (looked for {known})",
+            )
         if has_splits and (root / "test").is_dir():
             tests, test_labels, test_classes = _label_images(root / "test", self.labels)
             if labels is not None and test_labels is not None and test_classes != classes:
                 odd = sorted(set(classes) ^ set(test_classes))
                 raise UserError(
                     f"{self.place}: train/ and test/ hold different classes ({odd[0]} is "
-                    "in one only); give both the same class folders"
+                    "in one only); give both the same class folders",
+                    public="train/ and test/ in its folder hold different classes",
                 )
             train, test = _files_split(files, labels), _files_split(tests, test_labels)
             return Splits({"train": train, "test": test}, classes)
@@ -78,7 +82,7 @@ class FolderSource(Source):
 
     def _folder(self) -> Path:
         if self.root is None:
-            raise UserError("dataset=imagefolder needs a folder: add dataset.path=DIR")
+            raise SettingError("dataset=imagefolder needs a folder: add dataset.path=DIR")
         return self.root
 
 

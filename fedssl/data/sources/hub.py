@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedssl.data.sources.base import Encoded, Source, Split, Splits, split_rows
-from fedssl.errors import UserError
+from fedssl.errors import SettingError, UserError
 
 if TYPE_CHECKING:
     import datasets  # takes seconds to import, and only `read` needs it
@@ -58,7 +58,7 @@ class HubSource(Source):
             UserError: neither is given, or the folder is missing, empty or none.
         """
         if not self.path and not self.name:
-            raise UserError("dataset=hub needs a name: add dataset.name=OWNER/NAME")
+            raise SettingError("dataset=hub needs a name: add dataset.name=OWNER/NAME")
         super().check()
 
     def read(self, seed: int, scratch: Path) -> Splits:
@@ -99,20 +99,26 @@ class HubSource(Source):
             return datasets.load_dataset(name, revision=self.revision)
         except Exception as error:  # the library raises a dozen unrelated types here
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"{self.place}: can't be loaded ({reason})") from error
+            raise UserError(
+                f"{self.place}: can't be loaded ({reason})", public="its data set can't be loaded"
+            ) from error
 
     def _table(self, loaded: "datasets.DatasetDict", split: str) -> "datasets.Dataset":
         """Pick a split that has the columns."""
         if split not in loaded:
             known = ", ".join(map(repr, loaded))
-            raise UserError(f"{self.place}: no split {split!r}, it has {known}")
+            raise UserError(
+                f"{self.place}: no split {split!r}, it has {known}",
+                public=f"its data set has no split {split!r}",
+            )
         table = loaded[split]
         for column in (self.image_column, self.label_column):
             if column is not None and column not in table.column_names:
                 known = ", ".join(map(repr, table.column_names))
                 raise UserError(
                     f"{self.place}: no column {column!r}, it has {known}; set "
-                    "dataset.image_column and dataset.label_column"
+                    "dataset.image_column and dataset.label_column",
+                    public=f"its data set has no column {column!r}",
                 )
         return table
 
@@ -132,7 +138,8 @@ class HubSource(Source):
         except TypeError as error:  # or a row without a label
             raise UserError(
                 f"{self.place}: column {self.label_column!r} holds no class numbers; set "
-                "dataset.label_column to one that does, or to null"
+                "dataset.label_column to one that does, or to null",
+                public=f"column {self.label_column!r} of its data set holds no class numbers",
             ) from error
 
     def _split(self, name: str, table: "datasets.Dataset", labels: np.ndarray | None) -> Split:
@@ -163,12 +170,12 @@ def _check_hub(name: str) -> None:
         urllib.request.urlopen(f"{endpoint}/api/datasets/{name}", timeout=HUB_TIMEOUT_S).close()
     except urllib.error.HTTPError as error:
         if error.code in (401, 404):
-            raise UserError(
+            raise SettingError(
                 f"dataset.name={name}: the hub has no such public data set; check the name"
             ) from error
     except OSError as error:
         if not _in_hub_cache(name):
-            raise UserError(
+            raise SettingError(
                 f"dataset.name={name}: the hub can't be reached and no earlier download was "
                 "found; connect to the network, or give a local copy with dataset.path=DIR"
             ) from error
