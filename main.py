@@ -135,7 +135,7 @@ def describe(
     images = f"{count:,}" if dealt == count else f"{dealt:,} of {count:,}"
     return {
         "data": f"{config.dataset.name}, {images} images of {side} x {side} pixels, "
-        f"dealt out by {name_of(config.partition)}",
+        f"dealt out by {name_of(config.partition)}" + "".join(f",\n{n}" for n in image_set.notes),
         "model": f"{config.model.encoder}, {stem} stem, {weights / 1e6:.1f} M weights",
         "running": f"{resources},\n{choose_backend(config.precision, resources.num_gpus)}",
         "directory": show_path(run.path),

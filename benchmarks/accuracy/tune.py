@@ -41,7 +41,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from client import ClientState, make_client_app, simulated
-from fedssl.compute import Backend, choose_backend
+from fedssl.compute import Backend, choose_backend, count_cores
 from fedssl.config.compose import load_config
 from fedssl.data.image_set import Images
 from fedssl.data.partitions import partition_rows
@@ -53,7 +53,6 @@ from fedssl.evaluation.knn import knn_accuracy
 from fedssl.evaluation.linear import train_linear_head
 from fedssl.federation.local_grid import LocalGrid
 from fedssl.federation.nodes import Nodes
-from fedssl.compute import count_cores
 from fedssl.methods.base import local_arrays
 from fedssl.networks.encoder import Encoder
 from fedssl.runs.directory import RunDirectory

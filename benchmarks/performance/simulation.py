@@ -26,8 +26,8 @@ from statistics import median
 
 from omegaconf import OmegaConf
 
-from fedssl.env import ROOT
 from fedssl.compute import count_cores
+from fedssl.env import ROOT
 from fedssl.runs.provenance import provenance
 
 SAMPLE_EVERY_S = 5.0  # reading smaps costs time

@@ -32,9 +32,8 @@ from torch import nn
 from torchvision import transforms
 
 from benchmarks.performance.usual import batched_transform, make_loader
-from fedssl.compute import Backend, choose_backend
+from fedssl.compute import Backend, choose_backend, count_cores
 from fedssl.config.compose import load_config
-from fedssl.compute import count_cores
 from fedssl.runs.provenance import provenance
 from fedssl.seeding import generator_for
 from fedssl.training.local import local_train

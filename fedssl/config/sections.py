@@ -28,6 +28,9 @@ class HubDataset(Dataset):
     path: str | None = Field(default=None, description="a local copy of the hub's files instead")
     hub_name: str | None = Field(description="OWNER/NAME on the hub")
     revision: str | None = Field(default=None, description="of the hub's files; null: the newest")
+    config_name: str | None = Field(
+        default=None, description="which of several configurations; null: the only one"
+    )
     image_column: str = Field(default="image", description="column of the images")
     label_column: str | None = Field(
         default="label", description="column of the labels; null: no labels"

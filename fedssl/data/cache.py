@@ -17,7 +17,7 @@ import numpy as np
 
 from fedssl.data.decoding import decode_batches
 from fedssl.data.image_set import Images, ImageSet
-from fedssl.data.sources.base import Encoded, Source, Splits
+from fedssl.data.sources.base import NO_LABEL, Encoded, Source, Splits
 from fedssl.errors import WARNING, UserError
 from fedssl.files import sync_folder, write_atomically
 
@@ -147,6 +147,7 @@ def _write_entry(built: Path, splits: Splits, image_size: int, place: str) -> No
     unreadable: list[str] = []
     assumed: Counter[str] = Counter()
     sizes = {}
+    largest = -1
     for name, split in splits.splits.items():
         pixels = built / f"{name}.pixels"
         kept = _write_pixels(pixels, split.read(), image_size, unreadable, assumed)
@@ -157,12 +158,15 @@ def _write_entry(built: Path, splits: Splits, image_size: int, place: str) -> No
                 public=f"none of its {split.count} {name} images can be read",
             )
         sizes[name] = len(kept)
-        if split.labels is not None:
-            np.save(built / f"{name}.labels.npy", split.labels[kept])
+        labels = None if split.labels is None else split.labels[kept]
+        if labels is not None and (labels != NO_LABEL).any():
+            np.save(built / f"{name}.labels.npy", labels)
+            largest = max(largest, int(labels.max()))
     meta = {
         "sizes": sizes,
         "image_size": image_size,
-        "class_names": splits.class_names,
+        "class_names": splits.class_names or [str(label) for label in range(largest + 1)],
+        "notes": splits.notes,
         "unreadable": unreadable,
         "assumed": dict(assumed),
         "files": {file.name: _sync(file) for file in sorted(built.iterdir())},
@@ -237,9 +241,11 @@ def _open_cache(entry: Path, name: str) -> ImageSet:
 
         test = images("test") if "test" in meta["sizes"] else None
         classes, unreadable = meta["class_names"], meta["unreadable"]
-        content, assumed = meta["files"]["train.pixels"], meta["assumed"]
+        content = meta["files"]["train.pixels"]
+        assumed = [f"{what} ({count} images)" for what, count in meta["assumed"].items()]
+        notes = [*meta["notes"], *assumed]
         return ImageSet(
-            images("train"), test, classes, unreadable, entry.name, content, name, assumed
+            images("train"), test, classes, unreadable, entry.name, content, name, notes
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
