@@ -209,10 +209,10 @@ def find_images(root: Path) -> FoundImages:
     """Find the images below a folder at any depth, and count what else is there."""
     files, left_out = [], Counter[str]()
     for found in walk_files(root):
-        if found.status is None:
+        if found.path.name.lower().endswith(ENDINGS):
+            files.append(found.path)  # a link to nothing is found to be unreadable
+        elif found.status is None:
             left_out["links to nothing"] += 1
-        elif found.path.name.lower().endswith(ENDINGS):
-            files.append(found.path)
         else:
             left_out[found.path.suffix.lower() or "files without an ending"] += 1
     return FoundImages(root, sorted(files), left_out)
