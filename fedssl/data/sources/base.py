@@ -227,10 +227,8 @@ def split_rows(
     equal = {each[0]: each for each in twins.values()}
     test = _draw_test(np.array(list(equal), dtype=np.int64), labels, test_fraction, seed)
     if test is None and digests:  # too few different ones
-        test, equal = (
-            _draw_test(rows, labels, test_fraction, seed),
-            {row: [row] for row in rows.tolist()},
-        )
+        equal = {row: [row] for row in rows.tolist()}
+        test = _draw_test(rows, labels, test_fraction, seed)
     if test is None:
         told = f"dataset.test_fraction={test_fraction}"
         reason = f"{len(rows)} labelled images can't be split so that every class appears on both"
