@@ -197,7 +197,7 @@ class HubSource(Source):
         if first is None:
             try:
                 undecoded = undecoded.cast_column(column, datasets.Image(decode=False))
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, NotImplementedError) as error:
                 raise self._wrong_images("neither images nor numbers") from error
         elif np.ndim(first) not in (2, 3):
             raise self._wrong_images(f"lists of {np.size(first)} numbers without height and width")
