@@ -9,7 +9,7 @@ python main.py resume=latest
 from fedssl.config.help import answer
 
 if __name__ == "__main__":
-    answer("config")  # before the imports below, which take seconds
+    answer("config", complete=list)  # before the imports below, which take seconds
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -130,9 +130,12 @@ def describe(
     method = build_method(config, torch.device("cpu"))
     weights = sum(parameter.numel() for parameter in method.parameters())
     stem, side = method.encoder.settings.stem, config.dataset.image_size
+    count = len(image_set.train.pixels)
+    dealt = sum(map(len, open_partitions(config, image_set)))
+    images = f"{count:,}" if dealt == count else f"{dealt:,} of {count:,}"
     return {
-        "data": f"{config.dataset.name}, {len(image_set.train.pixels):,} images of "
-        f"{side} x {side} pixels, dealt out by {name_of(config.partition)}",
+        "data": f"{config.dataset.name}, {images} images of {side} x {side} pixels, "
+        f"dealt out by {name_of(config.partition)}" + "".join(f",\n{n}" for n in image_set.notes),
         "model": f"{config.model.encoder}, {stem} stem, {weights / 1e6:.1f} M weights",
         "running": f"{resources},\n{choose_backend(config.precision, resources.num_gpus)}",
         "directory": show_path(run.path),

@@ -8,10 +8,11 @@ python test.py eval=supervised          # instead: the same network on the label
 python test.py dataset=imagefolder dataset.path=labelled label_fraction=1
 """
 
+from fedssl.config.evaluation import choose_images, follow_run, refuse_preparation
 from fedssl.config.help import answer
 
 if __name__ == "__main__":
-    answer("test")  # before the imports below, which take seconds
+    answer("test", refuse_preparation)  # before the imports below, which take seconds
 
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from omegaconf import DictConfig
 
 from fedssl.compute import choose_device
 from fedssl.config.command_line import run_entry
-from fedssl.config.evaluation import choose_images, follow_run, refuse_preparation
 from fedssl.data.image_set import ImageSet
 from fedssl.evaluation.base import check_evaluable
 from fedssl.reporting.console import Waiting, make_report, print_results

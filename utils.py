@@ -79,6 +79,12 @@ def name_of(section: DictConfig) -> str:
 # --- images --------------------------------------------------------------------
 
 
+def title_of_images(section: DictConfig) -> str:
+    """Name a data set for people; a folder by its own name, too."""
+    path = section.path if name_of(section) == "FolderSource" else None
+    return " ".join(filter(None, [section.name, Path(path).expanduser().name if path else None]))
+
+
 def open_source(section: Mapping[str, Any]) -> Source:
     """Make the source of images that the `dataset` section describes; opens no image yet.
 
@@ -432,7 +438,7 @@ def evaluate_run(
     untrained = build_method(config, backend.device).encoder
     result = Result(
         mode=evaluation.mode,
-        dataset=config.dataset.name,
+        dataset=title_of_images(config.dataset),
         protocol=evaluation.protocol(),
         round=round_number,
         labelled_images=len(data.labelled[0]),
@@ -442,6 +448,8 @@ def evaluate_run(
         checkpoint=checkpoint.name,
         precision=str(backend.dtype).removeprefix("torch."),
         measured=provenance(),
+        images=image_set.content,
+        own_images=load_checkpoint(checkpoint).images == image_set.content,
     )
     run.add_result(result.to_json())
     return result

@@ -42,9 +42,10 @@ def main() -> None:
         settings = [given.x, *(name for name in settings if name != given.x)]
     table = summarize(frame, settings)
     markdown = to_markdown(table)
-    write_atomically(given.out.with_suffix(".md"), markdown.encode())
-    write_atomically(given.out.with_suffix(".csv"), frame.to_csv(index=False).encode())
-    draw_comparison(frame, settings, given.metric, given.out.with_suffix(".png"))
+    files = {end: given.out.with_name(f"{given.out.name}.{end}") for end in ("md", "csv", "png")}
+    write_atomically(files["md"], markdown.encode())
+    write_atomically(files["csv"], frame.to_csv(index=False).encode())
+    draw_comparison(frame, settings, given.metric, files["png"])
     print(f"\n{markdown}\nWritten: {given.out}.md, .csv (a line a run), .png")
 
 

@@ -26,7 +26,16 @@ from fedssl.compute import choose_backend
 from fedssl.config.command_line import HYDRA_OPTIONS, run_entry
 from fedssl.data.cache import name_some
 from fedssl.data.decoding import decode, decode_batches
-from fedssl.data.sources.folder import class_names, encoded, extensions, list_images, show_path
+from fedssl.data.sources.folder import (
+    ENDINGS,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    class_names,
+    encoded,
+    list_images,
+    show_path,
+)
 from fedssl.errors import UserError
 from fedssl.evaluation.features import extract_features
 from fedssl.files import check_replaceable, replacing
@@ -34,7 +43,7 @@ from fedssl.reporting.figures import draw_neighbours
 from fedssl.runs.encoder_file import TrainedEncoder, find_encoder, load_encoder
 from fedssl.terminal import can_rewrite, console_on
 
-SPLITS = {"train", "test"}
+SPLITS = {*TRAIN, *TEST, *VALIDATION}
 QUERIES = 6  # images whose nearest neighbours are drawn
 
 
@@ -72,16 +81,19 @@ def prepare(settings: DictConfig) -> tuple[TrainedEncoder, Path, list[Path]]:
     files = list_images(root)
     if not files:
         raise UserError(
-            f"folder={settings.folder}: no image found (looked for {', '.join(extensions())})"
+            f"folder={settings.folder}: no image found (looked for {', '.join(ENDINGS)})"
         )
     return trained, root, files
 
 
-def find_labels(paths: Sequence[Path]) -> list[str] | None:
+def find_labels(paths: Sequence[Path]) -> list[str | None] | None:
     """Name the class of every image, if it lies in class folders, below train/ and test/ or not."""
-    if {path.parts[0] for path in paths} <= SPLITS and all(len(path.parts) > 1 for path in paths):
+    if {path.parts[0].lower() for path in paths} <= SPLITS and all(
+        len(path.parts) > 1 for path in paths
+    ):
         paths = [Path(*path.parts[1:]) for path in paths]
-    return class_names(paths)
+    names = class_names(paths)
+    return [name or None for name in names] if names else None
 
 
 def write_features(
@@ -112,8 +124,8 @@ def write_features(
     ):
         task = progress.add_task("embedding", total=len(files))
         for batch in decode_batches(encoded(files), trained.image_size, batch_size):
-            good = [(image.data, pixels) for image, pixels in batch if pixels is not None]
-            unreadable += [image.name for image, pixels in batch if pixels is None]
+            good = [(image.data, decoded.pixels) for image, decoded in batch if decoded]
+            unreadable += [image.name for image, decoded in batch if decoded is None]
             if good:
                 names, pixels = zip(*good, strict=True)
                 features = extract_features(

@@ -26,6 +26,10 @@ from fedssl.runs.encoder_file import TrainedEncoder, find_encoder, load_encoder
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 BATCH_SIZES = (2, 5)  # of the export and the comparison: any other will do
 TOLERANCE = 1e-3  # of the largest feature
+INPUT = (
+    "RGB; cropped to the square in the middle, resized to image_size x image_size; values "
+    "divided by 255; the network itself subtracts the mean and divides by the deviation"
+)
 
 
 def prepare(settings: DictConfig) -> TrainedEncoder:
@@ -45,7 +49,8 @@ def write_onnx(trained: TrainedEncoder, file: Path) -> None:
     """Write the network from images to features, channel statistics included.
 
     Input `images`: float32 (N, 3, image_size, image_size) in [0, 1]; output
-    `features`: float32 (N, feature_size); any N. The metadata is the encoder's.
+    `features`: float32 (N, feature_size); any N. The metadata is the encoder's, without
+    the channel statistics, which nobody has to apply any more.
     """
     images = torch.rand(BATCH_SIZES[0], 3, trained.image_size, trained.image_size)
     with warnings.catch_warnings(action="ignore"):  # of the exporter about itself
@@ -58,7 +63,8 @@ def write_onnx(trained: TrainedEncoder, file: Path) -> None:
             dynamo=True,
             verbose=False,
         )
-    program.model.metadata_props.update(trained.metadata)
+    kept = {key: text for key, text in trained.metadata.items() if key not in ("mean", "std")}
+    program.model.metadata_props.update({**kept, "input": INPUT})
     program.save(file)
 
 

@@ -20,6 +20,7 @@ from fedssl.errors import UserError
 from fedssl.terminal import print_line
 
 INTERRUPT_GRACE_S = 15.0
+Complete = Callable[[Sequence[str]], list[str]]  # adds overrides that the given ones imply
 
 # Hydra's own command line, https://hydra.cc/docs/advanced/hydra-command-line-flags, but for
 # --run: to run is what happens anyway, and `--run DIR` is the run to evaluate
@@ -93,9 +94,7 @@ def jobs_of(arguments: Sequence[str]) -> list[list[str]]:
     return [list(job) for job in product(*choices)]
 
 
-def read_arguments(
-    name: str, arguments: Sequence[str], complete: Callable[[Sequence[str]], list[str]] = list
-) -> list[str]:
+def read_arguments(name: str, arguments: Sequence[str], complete: Complete = list) -> list[str]:
     """Turn a command line into what Hydra understands; say which settings have moved.
 
     Args:
@@ -116,7 +115,7 @@ def run_entry(
     name: str,
     check: Callable[[DictConfig], object],
     job: Callable[[DictConfig], None],
-    complete: Callable[[Sequence[str]], list[str]] = list,
+    complete: Complete = list,
 ) -> None:
     """Run a program: flags to overrides, every check of every job, then Hydra and the job.
 

@@ -1,4 +1,4 @@
-"""Answers to a command line that only asks: for help, the configuration, a completion.
+"""Answers to a command line that only asks, for help, the configuration, a completion, or is wrong.
 
 The programs call this before they import torch and Flower, which takes seconds.
 """
@@ -19,13 +19,22 @@ from fedssl.config.command_line import (
     HYDRA_OPTIONS,
     HYDRA_SWITCHES,
     SWITCHES,
+    Complete,
     flags_to_overrides,
     is_informative,
+    jobs_of,
     one_line,
     read_arguments,
     run_entry,
 )
-from fedssl.config.compose import CONF, flatten, load_config, to_mapping
+from fedssl.config.compose import (
+    CONF,
+    evaluation_overrides,
+    flatten,
+    load_config,
+    to_mapping,
+)
+from fedssl.config.moved import modernize_overrides
 from fedssl.config.schema import GROUPS, PROGRAMS
 from fedssl.errors import UserError
 
@@ -75,10 +84,17 @@ Hydra
   --hydra-help                    more"""
 
 
-def answer(name: str) -> None:
-    """Answer what the command line asks about conf/NAME.yaml, and end; return if it wants work."""
+def answer(name: str, complete: Complete | None = None) -> None:
+    """Answer what the command line asks about conf/NAME.yaml, and end; return if it wants work.
+
+    Args:
+        complete: as of `read_arguments`; with it, wrong settings end the program here.
+    """
     arguments = sys.argv[1:]
     if not is_informative(arguments):
+        if complete is not None:
+            with one_line():
+                _check(name, arguments, complete)
         return
     if "query=bash" in arguments:
         print(" ".join(_complete(name, os.environ["COMP_LINE"])))
@@ -89,6 +105,20 @@ def answer(name: str) -> None:
     else:
         _run_hydra(name)
     sys.exit()
+
+
+def _check(name: str, arguments: Sequence[str], complete: Complete) -> None:
+    """Check all settings; those that go on from a run's own are checked once that is read.
+
+    Raises:
+        UserError: the first that is wrong.
+    """
+    given, _ = modernize_overrides(flags_to_overrides(arguments))
+    if any(override.startswith("resume=") for override in given):
+        return
+    overrides = complete(given)
+    for job in jobs_of(evaluation_overrides(overrides) if name == "test" else overrides):
+        load_config(name, job)
 
 
 def help_text(name: str, overrides: Sequence[str]) -> str:

@@ -28,6 +28,9 @@ class HubDataset(Dataset):
     path: str | None = Field(default=None, description="a local copy of the hub's files instead")
     hub_name: str | None = Field(description="OWNER/NAME on the hub")
     revision: str | None = Field(default=None, description="of the hub's files; null: the newest")
+    config_name: str | None = Field(
+        default=None, description="which of several configurations; null: the only one"
+    )
     image_column: str = Field(default="image", description="column of the images")
     label_column: str | None = Field(
         default="label", description="column of the labels; null: no labels"
@@ -214,7 +217,7 @@ class FedProx(Strategy):
 class FedTrimmedAvg(Strategy):
     """An average without the extremes."""
 
-    beta: float = Field(default=0.2, ge=0, le=1, description="share cut off at each end")
+    beta: float = Field(default=0.2, ge=0, lt=0.5, description="share cut off at each end")
 
 
 class Krum(Strategy):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -16,11 +17,11 @@ import numpy as np
 
 from fedssl.data.decoding import decode_batches
 from fedssl.data.image_set import Images, ImageSet
-from fedssl.data.sources.base import Encoded, Source, Splits
+from fedssl.data.sources.base import NO_LABEL, Encoded, Source, Splits
 from fedssl.errors import WARNING, UserError
 from fedssl.files import sync_folder, write_atomically
 
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 DECODE_BATCH = 1024
 MAX_NAMES = 5  # of unreadable files, in messages
 
@@ -144,9 +145,12 @@ def _write_entry(built: Path, splits: Splits, image_size: int, place: str) -> No
         UserError: no image of a split can be read.
     """
     unreadable: list[str] = []
+    assumed: Counter[str] = Counter()
     sizes = {}
+    largest = -1
     for name, split in splits.splits.items():
-        kept = _write_pixels(built / f"{name}.pixels", split.read(), image_size, unreadable)
+        pixels = built / f"{name}.pixels"
+        kept = _write_pixels(pixels, split.read(), image_size, unreadable, assumed)
         if not kept:
             raise UserError(
                 f"{place}: none of the {split.count} {name} images can be "
@@ -154,13 +158,17 @@ def _write_entry(built: Path, splits: Splits, image_size: int, place: str) -> No
                 public=f"none of its {split.count} {name} images can be read",
             )
         sizes[name] = len(kept)
-        if split.labels is not None:
-            np.save(built / f"{name}.labels.npy", split.labels[kept])
+        labels = None if split.labels is None else split.labels[kept]
+        if labels is not None and (labels != NO_LABEL).any():
+            np.save(built / f"{name}.labels.npy", labels)
+            largest = max(largest, int(labels.max()))
     meta = {
         "sizes": sizes,
         "image_size": image_size,
-        "class_names": splits.class_names,
+        "class_names": splits.class_names or [str(label) for label in range(largest + 1)],
+        "notes": splits.notes,
         "unreadable": unreadable,
+        "assumed": dict(assumed),
         "files": {file.name: _sync(file) for file in sorted(built.iterdir())},
     }
     text = json.dumps(meta | {"sha256": _digest_of(meta)})
@@ -189,17 +197,27 @@ def _put_in_place(built: Path, entry: Path, aside: Path) -> None:
 
 
 def _write_pixels(
-    file: Path, images: Iterator[Encoded], image_size: int, unreadable: list[str]
+    file: Path,
+    images: Iterator[Encoded],
+    image_size: int,
+    unreadable: list[str],
+    assumed: Counter[str],
 ) -> list[int]:
-    """Decode images into a file, some at a time; return which ones could be read."""
+    """Decode images into a file, some at a time; return which ones could be read.
+
+    Args:
+        unreadable: gets the names of the others.
+        assumed: counts what was decided for files that left it open.
+    """
     kept: list[int] = []
     batches = decode_batches(images, image_size, DECODE_BATCH)
     with file.open("wb") as out:
-        for row, (image, pixels) in enumerate(chain.from_iterable(batches)):
-            if pixels is None:
+        for row, (image, decoded) in enumerate(chain.from_iterable(batches)):
+            if decoded is None:
                 unreadable.append(image.name)
             else:
-                out.write(pixels.tobytes())
+                out.write(decoded.pixels.tobytes())
+                assumed.update(decoded.assumed)
                 kept.append(row)
     return kept
 
@@ -224,7 +242,11 @@ def _open_cache(entry: Path, name: str) -> ImageSet:
         test = images("test") if "test" in meta["sizes"] else None
         classes, unreadable = meta["class_names"], meta["unreadable"]
         content = meta["files"]["train.pixels"]
-        return ImageSet(images("train"), test, classes, unreadable, entry.name, content, name)
+        assumed = [f"{what} ({count} images)" for what, count in meta["assumed"].items()]
+        notes = [*meta["notes"], *assumed]
+        return ImageSet(
+            images("train"), test, classes, unreadable, entry.name, content, name, notes
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"the cache {entry} is damaged ({error}); delete it", public="its cache is damaged"

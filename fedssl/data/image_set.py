@@ -1,5 +1,6 @@
 """Images that are ready for training."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,7 +8,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Images:
-    """Decoded images: uint8 (N, 3, S, S), memory-mapped, and int64 labels (N,) or None."""
+    """Decoded images: uint8 (N, 3, S, S), memory-mapped, and int64 labels (N,) or None.
+
+    A label below 0 is none, see `fedssl.data.sources.base.NO_LABEL`.
+    """
 
     pixels: np.ndarray
     labels: np.ndarray | None
@@ -24,6 +28,7 @@ class ImageSet:
         key: names the cache entry; equal keys mean equal contents.
         content: SHA-256 of the training images' pixels.
         name: of the data set, for messages.
+        notes: what was found, decided and left out, for people.
         fresh: whether it has just been decoded, rather than found in the cache.
     """
 
@@ -34,6 +39,7 @@ class ImageSet:
     key: str
     content: str
     name: str
+    notes: Sequence[str] = ()
     fresh: bool = False
 
     @property

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from fedssl.data.image_set import Images, ImageSet
+from fedssl.data.sources.base import NO_LABEL
 from fedssl.errors import SettingError, UserError
 from fedssl.files import write_atomically
 from fedssl.seeding import derive_seed
@@ -132,7 +133,8 @@ def count_classes(image_set: ImageSet, parts: Sequence[np.ndarray]) -> np.ndarra
     labels, classes = image_set.train.labels, len(image_set.class_names)
     if labels is None:
         raise ValueError("these images have no labels")
-    return np.stack([np.bincount(labels[rows], minlength=classes) for rows in parts])
+    known = [labels[rows][labels[rows] != NO_LABEL] for rows in parts]
+    return np.stack([np.bincount(each, minlength=classes) for each in known])
 
 
 def class_groups(labels: np.ndarray, classes_per_client: int, seed: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from sklearn.model_selection import train_test_split
 
 from fedssl.compute import Backend
 from fedssl.data.image_set import Images, ImageSet
+from fedssl.data.sources.base import NO_LABEL
 from fedssl.data.views import Augmentation
 from fedssl.errors import UserError
 from fedssl.evaluation.features import extract_features
@@ -22,7 +23,7 @@ UNRECORDED = {"baselines", "feature_batch_size"}  # these decide no score
 
 @dataclass(frozen=True)
 class LabelledImages(Images):
-    """Images that all have a label: uint8 (N, 3, S, S) and int64 (N,)."""
+    """Images with labels, the test images each with one: uint8 (N, 3, S, S) and int64 (N,)."""
 
     labels: np.ndarray
 
@@ -118,7 +119,8 @@ class EvaluationData:
         Raises:
             UserError: no labels, or too few for every class to appear.
         """
-        train, test = _require_labels(image_set.train), _require_labels(image_set.test)
+        train = _require_labels(image_set.train)
+        test = _only_labelled(_require_labels(image_set.test))
         seeds = [derive_seed(seed, "labels", draw) % 2**32 for draw in range(num_seeds)]
         return cls(
             train=train,
@@ -204,18 +206,28 @@ def draw_labelled(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     Raises:
         UserError: too few for every class to appear.
     """
-    rows = np.arange(len(labels))
+    rows = np.flatnonzero(labels != NO_LABEL)
     if fraction == 1:
         return rows
-    classes = np.unique(labels)
+    classes = np.unique(labels[rows])
     remedy = f"too few labels for each of the {len(classes)} classes to appear; raise it"
     try:
-        drawn, _ = train_test_split(rows, train_size=fraction, stratify=labels, random_state=seed)
+        drawn, _ = train_test_split(
+            rows, train_size=fraction, stratify=labels[rows], random_state=seed
+        )
     except ValueError as error:
         raise UserError(f"label_fraction={fraction}: {remedy}") from error
     if len(np.unique(labels[drawn])) < len(classes):
         raise UserError(f"label_fraction={fraction}: {len(drawn)} labels, {remedy}")
     return np.sort(drawn)
+
+
+def _only_labelled(images: LabelledImages) -> LabelledImages:
+    """Leave out the images that nothing can be scored by."""
+    rows = np.flatnonzero(images.labels != NO_LABEL)
+    if len(rows) == len(images.labels):
+        return images
+    return LabelledImages(images.pixels[rows], images.labels[rows])
 
 
 def _require_labels(images: Images | None) -> LabelledImages:

@@ -6,6 +6,7 @@ import numpy as np
 
 from fedssl.compute import Backend
 from fedssl.data.image_set import Images
+from fedssl.data.sources.base import NO_LABEL
 from fedssl.evaluation.features import extract_features
 from fedssl.evaluation.knn import knn_accuracy
 from fedssl.networks.encoder import Encoder
@@ -46,6 +47,7 @@ class KnnMonitor:
         if labels is None:
             raise ValueError("images without labels can't be monitored")
         order = np.random.default_rng(derive_seed(self.seed, "monitor")).permutation(len(pixels))
+        order = order[labels[order] != NO_LABEL]
         queries = order[: min(self.queries, len(order) // 2)]
         bank = order[len(queries) : len(queries) + self.bank]
         resolution = self.schedule.eval_resolution(round_number)

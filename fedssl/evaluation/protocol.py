@@ -20,6 +20,8 @@ class Result:
     Attributes:
         mode: of the evaluation.
         dataset: name of what it was evaluated on.
+        images: names the content of its training images.
+        own_images: whether the run was trained on just these.
         protocol: values of the evaluation.
         round: of the checkpoint.
         labelled_images: of each draw of labels.
@@ -41,6 +43,8 @@ class Result:
     checkpoint: str
     precision: str
     measured: Mapping[str, Any]
+    images: str | None = None
+    own_images: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """Write it as an entry of results.json."""

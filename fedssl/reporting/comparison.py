@@ -5,6 +5,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -14,6 +15,7 @@ from fedssl.errors import UserError
 from fedssl.runs.directory import LATEST, RunDirectory
 from fedssl.runs.resume import HARMLESS, HARMLESS_GROUPS
 
+matplotlib.rcParams["text.parse_math"] = False  # values may hold dollar signs
 MAIN_METRIC = "linear head, 10 %"
 SEED = "seed"
 # What goes with a choice says nothing new: it counts only where runs of the same choice differ.
@@ -61,10 +63,18 @@ def read_settings(run: RunDirectory) -> dict[str, Any]:
 
 
 def read_scores(run: RunDirectory) -> dict[str, float]:
-    """Read every score of a run in percent, the newest of a kind, and its minutes of training."""
+    """Read every score of a run in percent, the newest of a kind, and its minutes of training.
+
+    A score on other images than those of the training is of a kind of its own, which
+    their name tells.
+    """
     scores = {}
+    trained_on = run.load_config().dataset.name
     for result in run.read_results():
         labels = f"{100 * result['protocol']['label_fraction']:g} %"
+        dataset = result.get("dataset", trained_on)
+        if not result.get("own_images", dataset == trained_on):
+            labels = f"{labels} of {dataset}"
         for row in result["rows"]:
             whose = "" if row["encoder"] == "federated SimCLR" else f"{row['encoder']}, "
             scores[f"{whose}{row['method']}, {labels}"] = 100 * row["mean"]

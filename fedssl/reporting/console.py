@@ -194,6 +194,7 @@ def evaluation_title(result: Mapping[str, Any]) -> str:
     """Say in two lines how an evaluation was made."""
     protocol, count = result["protocol"], result["protocol"]["seeds"]
     title = EVALUATIONS.get(result["mode"], result["mode"].capitalize())
+    title += f" on {result['dataset']}" if "dataset" in result else ""
     epochs = f"{protocol['epochs']} epochs, " if "epochs" in protocol else ""
     return (
         f"{title}: {100 * protocol['label_fraction']:g} % of the labels "

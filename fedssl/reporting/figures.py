@@ -18,6 +18,7 @@ from fedssl.federation.monitoring import COLLAPSED_RANK, COLLAPSED_UNIFORMITY
 from fedssl.files import write_atomically
 from fedssl.runs.metrics import RoundMetrics
 
+matplotlib.rcParams["text.parse_math"] = False  # names of classes may hold dollar signs
 BLUE, ORANGE, INK = "#2a6fb0", "#c8571b", "#333333"
 WIDTH = 5.2  # inches: the letters stay readable on a phone
 NEAREST = 8  # neighbours beside each query

@@ -14,6 +14,7 @@ from threadpoolctl import threadpool_limits
 from fedssl.compute import Backend
 from fedssl.data.image_set import ImageSet
 from fedssl.data.partitions import count_classes, split_held_out
+from fedssl.data.sources.base import NO_LABEL
 from fedssl.evaluation.features import extract_features
 from fedssl.networks.encoder import Encoder
 from fedssl.reporting.figures import (
@@ -256,7 +257,8 @@ def picture_neighbours(count: int, encoded: Encoded | None, file: Path) -> Pictu
         return Picture(title, "Left out: the server has no images.")
     queries = np.arange(len(encoded.pixels))
     if encoded.labels is not None:
-        queries = np.unique(encoded.labels, return_index=True)[1]
+        classes, firsts = np.unique(encoded.labels, return_index=True)
+        queries = firsts[classes != NO_LABEL]
     queries = queries[:count].tolist()
     draw_neighbours(encoded.pixels, encoded.after, file, queries)
     return Picture(

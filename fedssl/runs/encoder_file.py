@@ -68,7 +68,20 @@ def pack_encoder(encoder: Encoder, image_size: int, dataset: str, rounds: int) -
         "rounds": str(rounds),
     }
     tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
-    return save(tensors, metadata=metadata)
+    return _sort_header(save(tensors, metadata=metadata))
+
+
+def _sort_header(data: bytes) -> bytes:
+    """Put the keys of a safetensors header in order, so that equal encoders are equal files.
+
+    The library writes its metadata in another order each time. A header is JSON behind its
+    length in 8 bytes, and filled up with spaces
+    (https://github.com/huggingface/safetensors#format).
+    """
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[end:]
 
 
 def find_encoder(encoder: str | None, run: str) -> Path:

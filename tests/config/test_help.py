@@ -136,3 +136,24 @@ def test_bash_completes_keys_flags_and_options():
     )
     assert done.stderr == ""
     assert dict(zip(COMPLETIONS, done.stdout.splitlines(), strict=True)) == COMPLETIONS
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        (["main.py", "num_round=3"], "error: num_round: unknown key; did you mean num_rounds?"),
+        (["main.py", "strategy=fedadam", "strategy.eta=-1"], "error: strategy.eta=-1: must be"),
+        (["main.py", "-m", "seed=1,2", "num_clients=0"], "error: num_clients=0: must be at least"),
+        (["test.py", "seeds=x"], "error: seeds=x: must be a whole number"),
+        (["test.py", "dataset.image_size=9"], "error: dataset.image_size=9: is that of the run"),
+    ],
+)
+def test_a_wrong_value_gets_its_line_before_torch_is_imported(command, line):
+    python = [sys.executable, "-X", "importtime", *command]
+    done = subprocess.run(python, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    imported = [text.rpartition("|")[2].strip() for text in done.stderr.splitlines()]
+    assert "pydantic" in imported  # so that the list is one
+    assert not {"torch", "flwr", "ray", "sklearn"} & set(imported)
+    (told,) = [text for text in done.stderr.splitlines() if not text.startswith("import time:")]
+    assert told.startswith(line)

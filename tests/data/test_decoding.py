@@ -1,6 +1,37 @@
-import numpy as np
+"""One decoding rule: modes, orientations, depths and broken bytes."""
 
-from fedssl.data.decoding import decode
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from fedssl.data.decoding import decode, read_image, scale_numbers
+
+ORIENTATION = 0x112
+
+
+def saved(image, form, **how):
+    buffer = io.BytesIO()
+    image.save(buffer, form, **how)
+    return buffer.getvalue()
+
+
+def deep_png(values, colour_type):
+    """Write a PNG with 16 bits a channel, which Pillow can't."""
+    height, width = values.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    return start + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def test_images_of_the_right_size_keep_their_pixels(rng):
@@ -13,3 +44,111 @@ def test_transparent_pixels_become_white_and_16_bits_keep_the_upper_8():
     assert (decode(clear, 4) == 255).all()
     deep = np.full((4, 4), 0x4321, dtype=np.uint16)
     assert (decode(deep, 4) == 0x43).all()
+
+
+@pytest.fixture
+def twelve_bits(rng):
+    values = rng.integers(0, 4096, (12, 12))
+    values[0, 0] = 4095
+    return values
+
+
+def numeric_files(values):
+    """Write the same numbers in every format that holds them."""
+    deep = Image.fromarray(values.astype(np.uint16))
+    return {
+        "PNG": saved(deep, "PNG"),
+        "PGM": saved(deep, "PPM"),
+        "PGM up to 4095": b"P5\n12 12\n4095\n" + values.astype(">u2").tobytes(),
+        "TIFF of 16 bits": saved(deep, "TIFF"),
+        "TIFF of 32 bits": saved(Image.fromarray(values.astype(np.int32)), "TIFF"),
+        "TIFF of floats": saved(Image.fromarray(values.astype(np.float32)), "TIFF"),
+        "PNG with colours": deep_png(np.stack([values] * 3, axis=2), 2),
+        "PNG with alpha": deep_png(np.stack([values, np.full((12, 12), 65535)], axis=2), 4),
+    }
+
+
+def test_twelve_bits_look_alike_in_every_format(twelve_bits):
+    expected = np.stack([twelve_bits >> 4] * 3)
+    for name, data in numeric_files(twelve_bits).items():
+        image = read_image(data, 12)
+        assert np.array_equal(image.pixels, expected), name
+        says = name == "PGM up to 4095"
+        assert image.assumed == (() if says else ("12 bits in use",)), name
+
+
+def test_what_a_file_says_wins_over_its_values(twelve_bits):
+    dark = twelve_bits // 8  # below 512
+    said = b"P5\n12 12\n4095\n" + dark.astype(">u2").tobytes()
+    assert np.array_equal(decode(said, 12)[0], dark >> 4)
+    tiff = saved(Image.fromarray(dark.astype(np.uint16)), "TIFF", tiffinfo={281: 4095})
+    assert read_image(tiff, 12).assumed == ()
+    assert np.array_equal(decode(tiff, 12)[0], dark >> 4)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected", "assumed"),
+    [
+        ([0, 255], [0, 255], "8 bits in use"),
+        ([0, 1000], [0, 250], "10 bits in use"),
+        ([0, 16383], [0, 255], "14 bits in use"),
+        ([0, 65535], [0, 255], "16 bits in use"),
+        ([0, 2**20], [0, 128], "21 bits in use"),
+        ([-1000, 0, 3000], [0, 64, 255], "numbers below 0"),
+        ([0.0, 0.5, 1.0], [0, 128, 255], "fractions"),
+        ([0.0, 128.0], [0, 128], "8 bits in use"),
+        ([np.nan, 0.0, np.inf, 1.0], [0, 0, 0, 255], "fractions"),
+        ([7, 7], [7, 7], "8 bits in use"),
+    ],
+)
+def test_numbers_become_bytes_by_what_they_hold(values, expected, assumed):
+    scaled, words = scale_numbers(np.array([values]))
+    assert scaled.tolist() == [expected]
+    assert words.startswith(assumed)
+
+
+def test_an_image_without_a_number_is_unreadable():
+    nothing = saved(Image.fromarray(np.full((4, 4), np.nan, dtype=np.float32)), "TIFF")
+    assert read_image(nothing, 4) is None
+
+
+LOSSLESS = {"WEBP": {"lossless": True, "exact": True}}
+MODES = [
+    *[(mode, form) for mode in ("RGB", "RGBA", "L", "LA", "P", "1") for form in ("PNG", "TIFF")],
+    *[(mode, "WEBP") for mode in ("RGB", "RGBA", "L", "LA")],
+    *[("I;16", form) for form in ("PNG", "TIFF")],
+    ("CMYK", "TIFF"),
+    *[(mode, "JPEG") for mode in ("RGB", "L", "CMYK", "1")],
+]
+
+
+@pytest.mark.parametrize(("mode", "form"), MODES)
+def test_the_camera_s_rotation_holds_for_every_mode_and_format(mode, form, rng):
+    base = Image.fromarray(rng.integers(0, 256, (16, 24, 3), dtype=np.uint8))
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(base.convert("L")).astype(np.uint16) * 257)
+    else:
+        image = base.convert(mode)
+    upright = decode(saved(image, form, **LOSSLESS.get(form, {})), 16)
+    reference = Image.fromarray(upright.transpose(1, 2, 0))
+    seen = set()
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[ORIENTATION] = orientation
+        turned = decode(saved(image, form, exif=exif, **LOSSLESS.get(form, {})), 16)
+        by_hand = reference.copy()
+        by_hand.getexif()[ORIENTATION] = orientation
+        expected = np.asarray(ImageOps.exif_transpose(by_hand)).transpose(2, 0, 1)
+        assert np.array_equal(turned, expected), orientation
+        seen.add(turned.tobytes())
+    assert len(seen) == 8
+
+
+def test_of_several_pages_the_first_counts_and_that_is_said(rng):
+    pages = [Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(3)]
+    for form in ("TIFF", "PNG", "WEBP"):
+        how = LOSSLESS.get(form, {})
+        data = saved(pages[0], form, save_all=True, append_images=pages[1:], **how)
+        image = read_image(data, 8)
+        assert np.array_equal(image.pixels, np.asarray(pages[0]).transpose(2, 0, 1)), form
+        assert image.assumed == ("the first of several pages or frames",), form

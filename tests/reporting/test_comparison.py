@@ -47,6 +47,19 @@ def test_scores_are_percent_and_named_by_encoder_method_and_labels(tmp_path):
     }
 
 
+def test_a_score_on_other_images_is_of_a_kind_of_its_own(tmp_path):
+    make_run(tmp_path / "run", 0.6)
+    file = tmp_path / "run" / "results.json"
+    (own,) = json.loads(file.read_text())
+    for marked in ({"dataset": "imagefolder labelled", "own_images": False}, {"dataset": "old"}):
+        other = {**own, **marked, "rows": [{**own["rows"][0], "mean": 0.9}]}
+        file.write_text(json.dumps([{**own, "dataset": "digits"}, other]))
+        (run,) = find_runs([tmp_path])
+        scores = read_scores(run)
+        assert scores["linear head, 10 %"] == 60
+        assert scores[f"linear head, 10 % of {marked['dataset']}"] == 90
+
+
 def test_seeds_are_averaged_and_only_what_differs_is_shown(sweep):
     frame, settings, empty = gather(find_runs([sweep]))
     assert settings == ["num_clients"]
@@ -122,13 +135,13 @@ def test_a_place_without_runs_is_named(tmp_path):
 def test_the_command_writes_table_lines_and_plot(sweep, tmp_path):
     command = [sys.executable, "-m", "scripts.compare", str(sweep)]
     done = subprocess.run(
-        [*command, f"--out={tmp_path}/clients"], capture_output=True, text=True, check=True
+        [*command, f"--out={tmp_path}/alpha_0.1"], capture_output=True, text=True, check=True
     )
     assert "| 10 | 2 | 45.0 ± 7.1 |" in done.stdout
-    assert (tmp_path / "clients.md").read_text() in done.stdout
-    lines = pd.read_csv(tmp_path / "clients.csv")
+    assert (tmp_path / "alpha_0.1.md").read_text() in done.stdout
+    lines = pd.read_csv(tmp_path / "alpha_0.1.csv")
     assert sorted(lines["linear head, 10 %"]) == pytest.approx([40, 50, 60, 70])
-    assert (tmp_path / "clients.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "alpha_0.1.png").read_bytes().startswith(b"\x89PNG")
     wrong = subprocess.run([*command, "--metric=speed"], capture_output=True, text=True)
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: --metric=speed: not among these runs; known: ")

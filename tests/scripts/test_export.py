@@ -31,7 +31,10 @@ def test_onnx_runtime_gives_the_same_features_for_any_number_of_images(tmp_path,
     export(settings)
     assert "differ by" in capsys.readouterr().out
     session = onnxruntime.InferenceSession(tmp_path / "encoder.onnx")
-    assert session.get_modelmeta().custom_metadata_map["dataset"] == "digits"
+    told = session.get_modelmeta().custom_metadata_map
+    assert told["dataset"] == "digits"
+    assert not {"mean", "std"} & told.keys()  # else a reader would apply them twice
+    assert "network itself subtracts the mean" in told["input"]
     for count in (1, 7):
         images = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(count))
         (features,) = session.run(None, {"images": images.numpy()})

@@ -3,13 +3,16 @@
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from fedssl.errors import UserError
+
+NO_LABEL = -1  # among labels: of an image that has none, which nothing is scored by
+SYSTEM_NAMES = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Split:
     Attributes:
         count: of images.
         read: begins anew at each call.
-        labels: int64 (count,), from 0 on, or None.
+        labels: int64 (count,), from 0 on or NO_LABEL, or None.
     """
 
     count: int
@@ -47,10 +50,12 @@ class Splits:
     Attributes:
         splits: "train" and perhaps "test".
         class_names: in the order of the labels; empty without labels.
+        notes: what was found and what was left out, for people.
     """
 
     splits: dict[str, Split]
     class_names: list[str]
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,49 +146,120 @@ class Source(ABC):
         """
 
 
+@dataclass(frozen=True)
+class FoundFile:
+    """A file below a folder.
+
+    Attributes:
+        path: begins with the folder.
+        status: None for a link to nothing.
+    """
+
+    path: Path
+    status: os.stat_result | None
+
+
+def walk_files(root: Path) -> Iterator[FoundFile]:
+    """Find the files below a folder, sorted by folder and name, for all who look into folders.
+
+    Links to folders are followed, each folder is entered once. What the system or a
+    program keeps for itself is left out: names that begin with a dot, as of `._x.png` and
+    `.ipynb_checkpoints`, and those of `SYSTEM_NAMES`.
+    """
+    entered: set[tuple[int, int]] = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in entered:
+            folders.clear()
+            continue
+        entered.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not _is_hidden(name))
+        for name in sorted(names):
+            if not _is_hidden(name):
+                yield FoundFile(Path(folder, name), _status(Path(folder, name)))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+def _status(file: Path) -> os.stat_result | None:
+    try:
+        return file.stat()
+    except OSError:  # a link to nothing, or to itself
+        return None
+
+
 def list_file_states(root: Path) -> list[str]:
     """List each file below a folder with its size in bytes and its age, sorted."""
-    states = []
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders.sort()
-        for name in sorted(names):
-            file = os.path.join(folder, name)
-            try:
-                status = os.stat(file)
-            except FileNotFoundError:  # a link to nothing
-                states.append(f"{file} missing")
-            else:
-                states.append(f"{file} {status.st_size} {status.st_mtime_ns}")
-    return states
+    return [
+        f"{found.path} {found.status.st_size} {found.status.st_mtime_ns}"
+        if found.status
+        else f"{found.path} missing"
+        for found in walk_files(root)
+    ]
 
 
 def split_rows(
-    count: int, labels: np.ndarray | None, test_fraction: float | None, seed: int
+    count: int,
+    labels: np.ndarray | None,
+    test_fraction: float | None,
+    seed: int,
+    digests: Sequence[bytes] | None = None,
 ) -> dict[str, np.ndarray]:
     """Split row numbers into "train" and "test", sorted, with the class shares kept.
 
     Args:
-        labels: (count,); without them all rows are for training.
-        test_fraction: share of the test rows; None: all rows are for training.
+        labels: (count,); rows without one are for training.
+        test_fraction: share of the test rows among the labelled ones; None: all rows are for
+            training.
+        digests: of the images; equal images stay on one side.
 
     Raises:
         UserError: a class has too few images to appear on both sides.
     """
-    rows = np.arange(count)
     if labels is None or test_fraction is None:
-        return {"train": rows}
+        return {"train": np.arange(count)}
+    rows = np.flatnonzero(labels != NO_LABEL)
+    twins: dict[bytes | int, list[int]] = {}
+    for row in rows.tolist():
+        twins.setdefault(digests[row] if digests else row, []).append(row)
+    equal = {each[0]: each for each in twins.values()}
+    test = _draw_test(np.array(list(equal), dtype=np.int64), labels, test_fraction, seed)
+    if test is None and digests:  # too few different ones
+        equal = {row: [row] for row in rows.tolist()}
+        test = _draw_test(rows, labels, test_fraction, seed)
+    if test is None:
+        told = f"dataset.test_fraction={test_fraction}"
+        reason = f"{len(rows)} labelled images can't be split so that every class appears on both"
+        raise UserError(
+            f"{told}: the {reason} sides; add images or give a test/ folder",
+            public=f"{told}: its {reason} sides",
+        )
+    both = np.array([row for first in test.tolist() for row in equal[first]], dtype=np.int64)
+    return {"train": np.setdiff1d(np.arange(count), both), "test": np.sort(both)}
+
+
+def _draw_test(
+    rows: np.ndarray, labels: np.ndarray, fraction: float, seed: int
+) -> np.ndarray | None:
+    """Draw a share of rows with the class shares kept; None where a class has too few."""
     from sklearn.model_selection import train_test_split
 
+    kept = labels[rows]
     try:
-        train, test = train_test_split(
-            rows, test_size=test_fraction, stratify=labels, random_state=seed
-        )
-    except ValueError as error:
-        raise UserError(
-            f"dataset.test_fraction={test_fraction}: the {count} labelled images can't "
-            f"be split so that every class appears on both sides ({error}); add images or "
-            "give a test/ folder",
-            public=f"dataset.test_fraction={test_fraction}: its {count} labelled images can't be "
-            "split so that every class appears on both sides",
-        ) from error
-    return {"train": np.sort(train), "test": np.sort(test)}
+        _, test = train_test_split(rows, test_size=fraction, stratify=kept, random_state=seed)
+    except ValueError:
+        return None
+    return test if len(np.unique(labels[test])) == len(np.unique(kept)) else None
+
+
+def describe_twins(digests: Sequence[bytes], parts: Mapping[str, np.ndarray]) -> list[str]:
+    """Say how many images are exact copies of others, and whether the split parts them."""
+    copies = len(digests) - len(set(digests))
+    if not copies:
+        return []
+    train, test = ({digests[row] for row in parts.get(name, ())} for name in ("train", "test"))
+    if parted := len(train & test):
+        return [f"{copies} exact copies, of which {parted} stand on both sides: too few others"]
+    return [f"{copies} exact copies stay on the side of their originals"]

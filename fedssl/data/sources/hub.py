@@ -1,22 +1,26 @@
 """Image data sets of the Hugging Face hub, or local copies of their files."""
 
 import os
+import re
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedssl.data.sources.base import Encoded, Source, Split, Splits, split_rows
+from fedssl.data.decoding import scale_numbers
+from fedssl.data.sources.base import NO_LABEL, Encoded, Source, Split, Splits, split_rows
 from fedssl.errors import SettingError, UserError
 
 if TYPE_CHECKING:
     import datasets  # takes seconds to import, and only `read` needs it
 
 HUB_TIMEOUT_S = 5
+MOST_CLASSES = 10_000  # different texts in a column of labels
+TEST_FRACTION = 0.2  # where the test split has no labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +31,7 @@ class HubSource(Source):
         path: a folder with the hub's files; None: they are downloaded.
         hub_name: such as "uoft-cs/cifar10"; None: the same as `name`.
         revision: of the hub's files; None: the newest.
+        config_name: which of several configurations; None: the only one.
         image_column, label_column: of the table; label_column None: no labels.
         train_split, test_split: names of the splits; test_split None: test
             images are drawn from the training images by the seed.
@@ -35,6 +40,7 @@ class HubSource(Source):
 
     hub_name: str | None
     revision: str | None = None
+    config_name: str | None = None
     image_column: str
     label_column: str | None
     train_split: str
@@ -69,21 +75,27 @@ class HubSource(Source):
         """
         loaded = self._load(scratch)
         train = self._table(loaded, self.train_split)
-        labels = self._labels(train)
-        if self.test_split is not None:
-            test = self._table(loaded, self.test_split)
-            splits = {"train": self._split("train", train, labels)}
-            splits["test"] = self._split("test", test, self._labels(test))
-        else:
-            parts = split_rows(len(train), labels, self.test_fraction, seed)
-            splits = {
-                name: self._split(
-                    name, train.select(rows), None if labels is None else labels[rows]
+        test = None if self.test_split is None else self._table(loaded, self.test_split)
+        classes, labels = self._labels(train)
+        notes = _describe_unlabelled("train", labels)
+        if test is not None:
+            _, test_labels = self._labels(test, classes)
+            if labels is None or _is_labelled(test_labels):
+                notes += _describe_unlabelled("test", test_labels)
+                splits = {"train": self._split("train", train, labels)}
+                return Splits(
+                    splits | {"test": self._split("test", test, test_labels)}, classes, notes
                 )
-                for name, rows in parts.items()
-            }
-        feature = train.features[self.label_column] if self.label_column else None
-        return Splits(splits, list(getattr(feature, "names", None) or []))
+            notes.append(f"split {self.test_split!r} has no labels and is left out")
+        fraction = self.test_fraction or (TEST_FRACTION if test is not None else None)
+        parts = split_rows(len(train), labels, fraction, seed)
+        if "test" in parts:
+            notes.append(f"{len(parts['test'])} labelled images are kept for the test")
+        splits = {
+            name: self._split(name, train.select(rows), None if labels is None else labels[rows])
+            for name, rows in parts.items()
+        }
+        return Splits(splits, classes, notes)
 
     def _load(self, scratch: Path) -> "datasets.DatasetDict":
         name = self.hub_name or self.name
@@ -95,10 +107,12 @@ class HubSource(Source):
         datasets.logging.set_verbosity_error()
         try:
             if self.root:
-                return datasets.load_dataset(str(self.root), cache_dir=str(scratch))
-            return datasets.load_dataset(name, revision=self.revision)
+                place: dict[str, Any] = {"path": str(self.root), "cache_dir": str(scratch)}
+            else:
+                place = {"path": str(name), "revision": self.revision}
+            return datasets.load_dataset(name=self.config_name, **place)
         except Exception as error:  # the library raises a dozen unrelated types here
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = _reason(error)
             raise UserError(
                 f"{self.place}: can't be loaded ({reason})", public="its data set can't be loaded"
             ) from error
@@ -122,40 +136,134 @@ class HubSource(Source):
                 )
         return table
 
-    def _labels(self, table: "datasets.Dataset") -> np.ndarray | None:
-        """Read the labels, int64 (rows,).
+    def _labels(
+        self, table: "datasets.Dataset", classes: Sequence[str] | None = None
+    ) -> tuple[list[str], np.ndarray | None]:
+        """Read the labels, int64 (rows,) or None where no row has one, and name the classes.
+
+        Whole numbers are classes; below 0 and without a value they stand for no label.
+        Texts are classes, too; an empty one is none.
+
+        Args:
+            classes: of the other split, where they are texts without numbers of their own.
 
         Raises:
-            UserError: they are no whole numbers.
+            UserError: they are neither, or of a class that the other split lacks.
         """
         if self.label_column is None:
-            return None
-        kind = str(getattr(table.features[self.label_column], "dtype", ""))
-        try:
-            if not kind.startswith(("int", "uint", "bool")):
-                raise TypeError(kind)
-            return np.asarray(table[self.label_column], dtype=np.int64)
-        except TypeError as error:  # or a row without a label
-            raise UserError(
-                f"{self.place}: column {self.label_column!r} holds no class numbers; set "
-                "dataset.label_column to one that does, or to null",
-                public=f"column {self.label_column!r} of its data set holds no class numbers",
-            ) from error
+            return [], None
+        feature = table.features[self.label_column]
+        kind = str(getattr(feature, "dtype", ""))
+        values: list[Any] = list(table[self.label_column])
+        if kind.startswith(("int", "uint", "bool", "float", "double")):
+            known_values = [NO_LABEL if v is None or v != v or v < 0 else v for v in values]
+            labels = np.array(known_values).astype(np.int64)
+            if (labels != known_values).any():
+                raise self._wrong_labels("fractions")
+            names = list(getattr(feature, "names", None) or [])
+            return names, labels if _is_labelled(labels) else None
+        if kind not in ("string", "large_string"):
+            raise self._wrong_labels(f"{kind or 'no single values'}")
+        texts = [(value or "").strip() for value in values]
+        known = list(classes) if classes else sorted(set(texts) - {""})
+        if not any(texts):
+            return known, None
+        if unknown := sorted(set(texts) - {"", *known}):
+            raise self._wrong_labels(f"{unknown[0]!r}, which the other split does not have")
+        if len(known) > MOST_CLASSES:
+            raise self._wrong_labels(f"{len(known)} different texts")
+        numbers = {name: number for number, name in enumerate(known)} | {"": NO_LABEL}
+        return known, np.array([numbers[text] for text in texts], dtype=np.int64)
+
+    def _wrong_labels(self, what: str) -> UserError:
+        column = self.label_column
+        return UserError(
+            f"{self.place}: column {column!r} holds no class numbers but {what}; "
+            "set dataset.label_column to one that does, or to null",
+            public=f"its column {column!r} holds no classes",
+        )
 
     def _split(self, name: str, table: "datasets.Dataset", labels: np.ndarray | None) -> Split:
+        """Read a column of images in any form: files, bytes, or nested lists of numbers.
+
+        Raises:
+            UserError: it holds something else.
+        """
         import datasets
 
         column = self.image_column
         undecoded = table.select_columns([column])
-        undecoded = undecoded.cast_column(column, datasets.Image(decode=False))
+        first = table.with_format("numpy")[0][column] if _holds_lists(table, column) else None
+        if first is None:
+            try:
+                undecoded = undecoded.cast_column(column, datasets.Image(decode=False))
+            except (TypeError, ValueError, NotImplementedError) as error:
+                raise self._wrong_images("neither images nor numbers") from error
+        elif np.ndim(first) not in (2, 3):
+            raise self._wrong_images(f"lists of {np.size(first)} numbers without height and width")
 
         def read() -> Iterator[Encoded]:
             for row, record in enumerate(undecoded):
-                image = record[column] or {}
-                data = image.get("bytes") or Path(image.get("path") or "missing")
+                image = record[column] if record[column] is not None else {}
+                if first is not None:
+                    data: bytes | Path | np.ndarray = _pixels(image)
+                else:
+                    data = image.get("bytes") or Path(image.get("path") or "missing")
                 yield Encoded(f"{name} row {row}", data)
 
         return Split(len(table), read, labels)
+
+    def _wrong_images(self, what: str) -> UserError:
+        return UserError(
+            f"{self.place}: column {self.image_column!r} holds {what}; set dataset.image_column "
+            "to one with images",
+            public=f"its column {self.image_column!r} holds no images",
+        )
+
+
+def _reason(error: Exception) -> str:
+    """Say in one line why a data set can't be loaded; if one must be chosen, of which."""
+    text = str(error).strip() or type(error).__name__
+    if "config name" in text.lower() or "BuilderConfig" in text:
+        named = re.search(r"\[('[^\]]*')\]", text)
+        if named:
+            return f"it has the configurations {named[1]}; choose one with dataset.config_name="
+    return text.splitlines()[0]
+
+
+def _holds_lists(table: "datasets.Dataset", column: str) -> bool:
+    """Tell whether a column holds arrays or lists of numbers."""
+    import pyarrow as pa
+
+    kind = table.data.schema.field(column).type
+    storage = getattr(kind, "storage_type", kind)
+    return (
+        pa.types.is_list(storage)
+        or pa.types.is_large_list(storage)
+        or (pa.types.is_fixed_size_list(storage))
+    )
+
+
+def _pixels(numbers: Any) -> np.ndarray | bytes:
+    """Turn nested lists into pixels, uint8 (H, W) or (H, W, channels); b"" where that fails."""
+    try:
+        values = np.asarray(numbers)
+        if values.ndim == 3 and values.shape[0] in (1, 3) and values.shape[2] not in (1, 3, 4):
+            values = values.transpose(1, 2, 0)
+        if values.ndim == 3 and values.shape[2] == 1:
+            values = values[:, :, 0]
+        return scale_numbers(values)[0]
+    except (TypeError, ValueError):
+        return b""
+
+
+def _is_labelled(labels: np.ndarray | None) -> bool:
+    return labels is not None and bool((labels != NO_LABEL).any())
+
+
+def _describe_unlabelled(split: str, labels: np.ndarray | None) -> list[str]:
+    count = 0 if labels is None else int((labels == NO_LABEL).sum())
+    return [f"{count} {split} images have no label"] if count else []
 
 
 def _check_hub(name: str) -> None:

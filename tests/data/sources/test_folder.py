@@ -1,12 +1,21 @@
 """Folders of images of many modes and sizes."""
 
+import os
+import shutil
 from dataclasses import replace
 
 import pytest
-from conftest import open_images
+import torch
+from conftest import CPU, open_images
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
-from fedssl.data.sources.folder import FolderSource, own_folder
+from fedssl.compute import Backend
+from fedssl.data.sources.base import NO_LABEL
+from fedssl.data.sources.folder import FolderSource, find_images, own_folder
 from fedssl.errors import UserError
+from fedssl.evaluation.base import EvaluationData
 
 
 @pytest.fixture
@@ -95,3 +104,186 @@ def test_a_folder_without_images_gets_one_line(tmp_path, content):
         open_images(source, 16, tmp_path / "cache")
     assert "\n" not in str(error.value)
     assert not list(tmp_path.glob("cache/*"))
+
+
+def place(root, *names):
+    """Write an image of its own colour to each place below a folder."""
+    for number, name in enumerate(names):
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        colour = (number % 7 * 30, number // 7 % 8 * 30, number // 56 * 30)
+        Image.new("RGB", (9, 9), colour).save(file, "PNG")
+
+
+def classes_of(*folders, count=10):
+    return [f"{folder}/{number}.png" for folder in folders for number in range(count)]
+
+
+@pytest.fixture
+def read(tmp_path, cache_dir):
+    def open_folder(**settings):
+        given = {"name": "own", "path": str(tmp_path / "own"), "labels": True}
+        source = FolderSource(**given, **{"test_fraction": 0.2, **settings})
+        return open_images(source, 8, cache_dir)
+
+    (tmp_path / "own").mkdir()
+    return open_folder
+
+
+@pytest.mark.parametrize("train", ["train", "Train", "TRAINING"])
+@pytest.mark.parametrize("test", ["test", "Testing", "val", "VALID"])
+def test_split_folders_are_found_whatever_their_case(read, tmp_path, train, test):
+    root = tmp_path / "own"
+    place(root, *classes_of(f"{train}/cat", f"{train}/dog"))
+    place(root, *classes_of(f"{test}/cat", f"{test}/dog", count=3))
+    found = read()
+    assert (len(found.train.pixels), len(found.test.pixels)) == (20, 6)
+    assert found.class_names == ["cat", "dog"]
+    assert f"{train}/ is for training" in found.notes
+    assert f"{test}/ for the test" in found.notes
+
+
+def test_what_lies_beside_the_splits_is_left_out_and_named(read, tmp_path):
+    root = tmp_path / "own"
+    place(root, *classes_of("train/a", "train/b", "test/a", "test/b", "val/a", "extra"))
+    found = read()
+    assert (len(found.train.pixels), len(found.test.pixels)) == (20, 20)
+    assert "extra/, val/ left out" in found.notes
+
+
+def test_a_class_may_be_called_train(read, tmp_path):
+    place(tmp_path / "own", *classes_of("bus", "plane", "train"))
+    assert read().class_names == ["bus", "plane", "train"]
+
+
+def test_a_test_folder_without_labels_leaves_the_test_to_the_labelled_part(read, tmp_path):
+    """As in a competition."""
+    place(tmp_path / "own", *classes_of("train/cat", "train/dog"), *classes_of("test", count=4))
+    for fraction, kept in ((0.2, 4), (None, 4), (0.5, 10)):
+        found = read(test_fraction=fraction)
+        assert (len(found.train.pixels), len(found.test.pixels)) == (20 - kept, kept)
+        assert "test/ holds 4 images without labels and is left out" in found.notes
+        assert f"{kept} labelled images are kept for the test" in found.notes
+
+
+def test_an_empty_test_folder_is_said(read, tmp_path):
+    place(tmp_path / "own", *classes_of("train/cat", "train/dog"))
+    (tmp_path / "own" / "test").mkdir()
+    found = read()
+    assert len(found.test.pixels) == 4
+    assert "test/ holds no images and is left out" in found.notes
+
+
+def test_stray_images_have_no_label_and_the_others_keep_theirs(read, tmp_path):
+    place(tmp_path / "own", "stray.png", *classes_of("cat", "dog"))
+    found = read()
+    assert found.class_names == ["cat", "dog"]
+    labels = [*found.train.labels.tolist(), *found.test.labels.tolist()]
+    assert sorted(labels) == [NO_LABEL, *[0] * 10, *[1] * 10]
+    assert NO_LABEL not in found.test.labels
+    assert "1 images outside of the class folders have no label" in found.notes
+    data = evaluation_data(found, 0.5)
+    assert all(NO_LABEL not in found.train.labels[rows] for rows in data.labelled)
+
+
+def evaluation_data(found, fraction):
+    given = {"num_seeds": 2, "seed": 0, "resolution": 8, "views": None, "feature_batch_size": 8}
+    backend = Backend(CPU, torch.float32)
+    return EvaluationData.of(found, label_fraction=fraction, backend=backend, **given)
+
+
+def test_system_files_are_no_images_and_no_classes(read, tmp_path):
+    root = tmp_path / "own"
+    place(root, *classes_of("cat", "dog"), "__MACOSX/cat/0.png", ".ipynb_checkpoints/0.png")
+    for name in ("cat/._0.png", "cat/.DS_Store", "Thumbs.db", "dog/notes.txt", "a.heic"):
+        (root / name).write_bytes(b"no image")
+    found = read()
+    assert found.class_names == ["cat", "dog"]
+    assert found.unreadable == []
+    assert "left out: 1 .heic, 1 .txt" in found.notes
+
+
+@pytest.mark.parametrize("ending", ["gif", "jfif", "avif", "jpe", "jp2", "pbm", "WebP"])
+def test_images_of_every_usual_ending_are_found(read, tmp_path, ending):
+    place(tmp_path / "own", *(f"{number}.{ending}" for number in range(3)))
+    assert len(read().train.pixels) == 3
+
+
+def test_links_to_nothing_and_to_themselves_are_counted_and_folders_entered_once(read, tmp_path):
+    root = tmp_path / "own"
+    place(root, *classes_of("a/deep", "b/deep"))
+    (root / "a" / "gone.png").symlink_to(root / "nowhere.png")
+    (root / "a" / "self.png").symlink_to(root / "a" / "self.png")
+    (root / "a" / "notes").symlink_to(root / "nowhere")
+    (root / "a" / "deep" / "up").symlink_to(root)
+    found = read()
+    assert len(found.train.pixels) + len(found.test.pixels) == 20
+    assert "left out: 1 links to nothing" in found.notes
+    assert [os.path.basename(name) for name in found.unreadable] == ["gone.png", "self.png"]
+
+
+def test_exact_copies_stay_on_one_side_of_the_split(read, tmp_path):
+    root = tmp_path / "own"
+    place(root, *classes_of("cat", "dog", count=20))
+    for number in range(10):
+        shutil.copy(root / f"cat/{number}.png", root / f"cat/copy {number}.png")
+    found = read()
+    sides = [{pixels.tobytes() for pixels in each.pixels} for each in (found.train, found.test)]
+    assert len(found.train.pixels) + len(found.test.pixels) == 50
+    assert not sides[0] & sides[1]
+    assert "10 exact copies stay on the side of their originals" in found.notes
+
+
+def test_too_few_different_images_are_split_nevertheless_and_that_is_said(read, tmp_path):
+    root = tmp_path / "own"
+    place(root, "cat/0.png", "dog/0.png")
+    for name in ("cat", "dog"):
+        for number in range(1, 6):
+            shutil.copy(root / name / "0.png", root / name / f"{number}.png")
+    assert "10 exact copies, of which 2 stand on both sides: too few others" in read().notes
+
+
+def test_a_name_that_is_no_text_is_read(read, tmp_path):
+    place(tmp_path / "own", *classes_of("cat", "dog"))
+    os.rename(tmp_path / "own/cat/0.png", os.fsencode(tmp_path / "own/cat/") + b"\xff\xfe.png")
+    found = read()
+    assert len(found.train.pixels) + len(found.test.pixels) == 20
+
+
+NAMES = st.sampled_from(["cat", "dog", "train", "Test", "val", "__MACOSX", ".hidden", "deep er"])
+ENDS = st.sampled_from([".png", ".PNG", ".jpg", ".txt", "", ".gif"])
+FILES = st.tuples(st.lists(NAMES, max_size=3), st.sampled_from("abcdef"), ENDS, st.booleans())
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.lists(FILES, max_size=25), st.booleans(), st.sampled_from([None, 0.3]))
+def test_whatever_a_folder_holds_there_are_true_numbers_or_a_line(
+    tmp_path_factory, files, labels, fraction
+):
+    root = tmp_path_factory.mktemp("any")
+    for number, (folders, name, end, good) in enumerate(files):
+        file = root.joinpath(*folders, name + end)
+        if any(parent.is_file() for parent in file.parents) or file.is_dir():
+            continue
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if good:
+            Image.new("RGB", (5, 5), (number * 9, 0, 0)).save(file, "PNG")
+        else:
+            file.write_bytes(b"broken")
+    source = FolderSource(name="any", path=str(root), labels=labels, test_fraction=fraction)
+    try:
+        found = open_images(source, 4, root.parent / "cache")
+    except UserError:
+        return  # which is a line, see fedssl.errors
+    count = len(found.train.pixels) + (len(found.test.pixels) if found.test else 0)
+    assert count + len(found.unreadable) <= len(find_images(root).files)
+    for images in filter(None, (found.train, found.test)):
+        if images.labels is not None:
+            assert len(images.labels) == len(images.pixels)
+            assert images.labels.max() < len(found.class_names)
+    counted = [int(note.split()[0]) for note in found.notes if note.endswith("classes by folder")]
+    assert counted in ([], [len(found.class_names)])

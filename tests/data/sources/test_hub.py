@@ -1,16 +1,23 @@
 """Data sets of the hub, from local copies of their files."""
 
+import io
+import shutil
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import open_images
+import torch
+from conftest import CPU, open_images
 from PIL import Image
 
+from fedssl.compute import Backend
 from fedssl.config.compose import load_config
+from fedssl.data.partitions import count_classes
+from fedssl.data.sources.base import NO_LABEL
 from fedssl.data.sources.hub import HubSource
 from fedssl.errors import UserError
+from fedssl.evaluation.base import EvaluationData
 from utils import open_source
 
 
@@ -108,3 +115,138 @@ def test_the_seed_counts_only_where_it_splits(parquet):
     assert parquet.splits_by_seed
     for changes in ({"test_split": "test"}, {"label_column": None}, {"test_fraction": None}):
         assert not replace(parquet, **changes).splits_by_seed
+
+
+@pytest.fixture
+def table(tmp_path, rng, cache_dir):
+    """Write splits of pyarrow columns as parquet and open them as a hub data set."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path / "table"
+    folder.mkdir()
+
+    def images(count):
+        pixels = rng.integers(0, 256, (count, 9, 9, 3), dtype=np.uint8)
+        buffers = [io.BytesIO() for _ in pixels]
+        for buffer, each in zip(buffers, pixels, strict=True):
+            Image.fromarray(each).save(buffer, "PNG")
+        return [{"bytes": buffer.getvalue(), "path": None} for buffer in buffers]
+
+    def open_table(labels, test_labels=None, pictures=None, **settings):
+        for split, values in (("train", labels), ("test", test_labels)):
+            if values is not None:
+                columns = {"image": pictures or images(len(values)), "label": pa.array(values)}
+                pq.write_table(pa.table(columns), folder / f"{split}-00000-of-00001.parquet")
+        source = HubSource(
+            name="own",
+            hub_name=None,
+            path=str(folder),
+            image_column="image",
+            label_column="label",
+            train_split="train",
+            test_split=None if test_labels is None else "test",
+            **{"test_fraction": 0.2, **settings},
+        )
+        return open_images(source, 9, cache_dir)
+
+    return open_table
+
+
+def test_labels_may_be_texts(table):
+    found = table(["dog", "cat", " dog"] * 10, ["cat", "dog"])
+    assert found.class_names == ["cat", "dog"]
+    assert np.bincount(found.train.labels).tolist() == [10, 20]
+    assert found.test.labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("none", [-1, None, float("nan")])
+def test_what_means_no_label_is_never_scored(table, none):
+    values = [0, 1] * 10
+    if none == none and none is not None:
+        found = table([*values, none], [0, none, 1])
+    else:
+        found = table([*map(float, values), none], [0.0, none, 1.0])
+    assert found.train.labels[-1] == NO_LABEL
+    assert "1 train images have no label" in found.notes
+    assert "1 test images have no label" in found.notes
+    backend = Backend(CPU, torch.float32)
+    given = {"num_seeds": 1, "seed": 0, "resolution": 9, "views": None, "feature_batch_size": 8}
+    data = EvaluationData.of(found, label_fraction=1, backend=backend, **given)
+    assert data.test.labels.tolist() == [0, 1]
+    assert np.array_equal(data.test.pixels, found.test.pixels[[0, 2]])
+    assert data.labelled[0].tolist() == list(range(20))
+
+
+def test_a_test_split_of_which_nobody_knows_the_labels_leaves_the_test_to_the_others(table):
+    found = table([0, 1] * 10, [-1] * 7)
+    assert (len(found.train.pixels), len(found.test.pixels)) == (16, 4)
+    assert sorted(found.test.labels.tolist()) == [0, 0, 1, 1]
+    assert "split 'test' has no labels and is left out" in found.notes
+
+
+def test_without_any_label_there_are_none(table):
+    found = table([-1] * 10)
+    assert found.train.labels is None
+    assert found.test is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "test_labels", "message"),
+    [
+        ([0.5, 1.0] * 10, None, "holds no class numbers but fractions"),
+        (["a", "b"] * 10, ["a", "c"], "but 'c', which the other split does not have"),
+        ([[1], [2]] * 10, None, "holds no class numbers but"),
+    ],
+)
+def test_labels_that_are_none_get_one_line(table, labels, test_labels, message):
+    with pytest.raises(UserError, match=message) as error:
+        table(labels, test_labels)
+    assert "\n" not in str(error.value)
+
+
+def test_class_numbers_without_names_are_named_by_themselves(table):
+    found = table([0, 2] * 10)
+    assert found.class_names == ["0", "1", "2"]
+    assert count_classes(found, [np.arange(4), np.arange(2)]).shape == (2, 3)
+
+
+@pytest.mark.parametrize("channels", ["none", "last", "first"])
+def test_images_may_be_nested_lists(table, rng, channels):
+    shape = {"none": (20, 9, 9), "last": (20, 9, 9, 3), "first": (20, 3, 9, 9)}[channels]
+    pixels = rng.integers(0, 256, shape)
+    found = table([0, 1] * 10, pictures=pixels.tolist(), test_fraction=None)
+    as_rgb = {
+        "none": lambda p: np.stack([p] * 3, axis=1),
+        "last": lambda p: p.transpose(0, 3, 1, 2),
+        "first": lambda p: p,
+    }[channels](pixels)
+    assert np.array_equal(found.train.pixels, as_rgb)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "message"),
+    [
+        ([[1, 2, 3]] * 20, "lists of 3 numbers without height and width"),
+        (list(range(20)), "neither images nor numbers"),
+    ],
+)
+def test_a_column_without_images_gets_one_line(table, pictures, message):
+    with pytest.raises(UserError, match=message):
+        table([0, 1] * 10, pictures=pictures)
+
+
+def test_one_of_several_configurations_is_chosen_by_name(tmp_path, cache_dir, parquet):
+    folder = tmp_path / "copy"
+    for name in ("small", "large"):
+        (folder / name).mkdir()
+        shutil.copy(folder / "train-00000-of-00001.parquet", folder / name)
+    (folder / "train-00000-of-00001.parquet").unlink()
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: small\n  data_files: small/*\n"
+        "- config_name: large\n  data_files: large/*\n---\n"
+    )
+    with pytest.raises(UserError, match=r"'small', 'large'.*dataset\.config_name"):
+        open_images(parquet, 10, cache_dir)
+    found = open_images(replace(parquet, config_name="large"), 10, cache_dir)
+    assert len(found.train.pixels) == 24
