@@ -350,7 +350,7 @@ ATTACKS = (
     Attack("another key registered by a known node", "^status 404$", register_as_insider),
     Attack("path tricks by a known node", r"^\d+ times status 404$", path_tricks),
     Attack("a body above the limit", "^(status 413|no connection.*), status 413$", oversized),
-    Attack("a flood of requests by a known node", r"\d+ times status 429", flood),
+    Attack("a flood of requests by a known node", r"\d+ times status 503", flood),
     Attack(
         "a foreign app from the server's own machine",
         REFUSED_APP + r"(?!.*IT RAN).*; then supernode list: exit 0",

@@ -11,6 +11,7 @@ SuperLink is still there, and end with one line and a status.
 """
 
 import argparse
+import ipaddress
 import json
 import os
 import signal
@@ -36,6 +37,7 @@ from fedssl.deployment.node import POLLING, Node
 from fedssl.deployment.superlink import ConnectionRefused, SuperLinkAddress, unreachable
 from fedssl.errors import WARNING, UserError
 
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 DEFAULT_SUPERLINK = "127.0.0.1:8000"
 DEFAULT_MAX_WAIT_S = 60.0
 
@@ -71,6 +73,7 @@ def client_app(arguments: Sequence[str] | None = None) -> None:
     def job() -> None:
         os.umask(0o077)  # a node's cache holds images; its children inherit this
         link = check_link(given)
+        os.environ.update(without_proxy(link.host))
         node_config = check_node_config(given.node_config)
         port = free_port() if given.port is None else check_port(given.port)
         node_config["client-app"] = check_app(given.app, "clientapp")
@@ -111,6 +114,7 @@ def server_app(arguments: Sequence[str] | None = None) -> None:
 
     def job() -> None:
         link = check_link(given)
+        os.environ.update(without_proxy(link.host))
         run_config = check_run_config(given.run_config, given.overrides)
         check_app(given.app, "serverapp")
         try:
@@ -153,7 +157,18 @@ def environment(**changes: str) -> dict[str, str]:
     """Make the environment for Flower's commands: found beside ours, unbuffered, no calls home."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     quiet = {"FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_TELEMETRY_ENABLED": "0"}
-    return {**os.environ, **quiet, "PATH": path, "PYTHONUNBUFFERED": "1", **changes}
+    fixed = {**quiet, **without_proxy(), "PATH": path, "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, **fixed, **changes}
+
+
+def without_proxy(host: str = "localhost") -> dict[str, str]:
+    """Give the variables that lead past an HTTP proxy to this machine and to a private address."""
+    given = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
+    names = [*filter(None, given.split(",")), *LOOPBACK]
+    with suppress(ValueError):  # a name
+        names += [host] if ipaddress.ip_address(host).is_private else []
+    joined = ",".join(dict.fromkeys(names))
+    return {"NO_PROXY": joined, "no_proxy": joined}
 
 
 def _parser(name: str, example: str, kind: str) -> argparse.ArgumentParser:

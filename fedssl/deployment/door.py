@@ -42,7 +42,8 @@ class DoorSettings:
             Flower cuts arrays into pieces of 5 MB.
         requests_per_s: of one node for a long time. A node polls twice a second and sends a
             model of 1460 objects within a minute.
-        burst: requests beyond that which wait; the others get status 429.
+        burst: requests beyond that which wait; the others get status 503, after which Flower
+            tries again.
     """
 
     port: int = 8443
@@ -156,8 +157,8 @@ http {
     # Whoever has no more requests under way than may wait is slowed down and never refused.
     limit_req_zone $ssl_client_serial zone=requests:1m rate=@rater/s;
     limit_conn_zone $ssl_client_serial zone=connections:1m;
-    limit_req_status 429;
-    limit_conn_status 429;
+    limit_req_status 503;
+    limit_conn_status 503;
 
     upstream superlink {
         server 127.0.0.1:@superlink_port;

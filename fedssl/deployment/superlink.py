@@ -32,6 +32,11 @@ class SuperLinkAddress:
     root_certificates: Path | None
     certificate: Path | None = None
 
+    @property
+    def host(self) -> str:
+        """The name or address, without brackets."""
+        return self.address.rpartition(":")[0].strip("[]")
+
     def probe(self) -> None:
         """Ask for a sign of life: any answer but a broken server's or an orphaned proxy's.
 
@@ -66,6 +71,10 @@ class SuperLinkAddress:
             ) from error
         finally:
             connection.close()
+        if answer.status == 403:
+            raise ConnectionRefused(
+                self._wrong_certificate("the server's nodes.yaml does not name it, or no longer")
+            )
         if answer.status >= 500:
             raise ConnectionError(f"its proxy answers {answer.status} {answer.reason}")
         if answer.status == 400 and "SSL certificate" in body:  # nginx's words
@@ -77,8 +86,7 @@ class SuperLinkAddress:
             )
 
     def _connection(self) -> http.client.HTTPConnection:
-        host, _, port = self.address.rpartition(":")
-        where = (host.strip("[]"), int(port))
+        where = (self.host, int(self.address.rpartition(":")[2]))
         if self.insecure:
             return http.client.HTTPConnection(*where, timeout=PROBE_TIMEOUT_S)
         context = ssl.create_default_context(cafile=self.root_certificates)
@@ -90,7 +98,7 @@ class SuperLinkAddress:
         if self.certificate:
             return (
                 f"it does not accept the client certificate {self.certificate} ({reason}); give "
-                "one of its own authority that has not expired with --certificate"
+                "the one that it has for this node with --certificate"
             )
         return f"it asks for a client certificate ({reason}); give the node's with --certificate"
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 
+import httpx
 import pytest
 
 from fedssl.deployment.certificates import make_certificates
@@ -20,10 +21,11 @@ from fedssl.deployment.checks import (
     check_run_config,
     free_port,
 )
-from fedssl.deployment.commands import _parser, environment, write_toml
+from fedssl.deployment.commands import _parser, environment, without_proxy, write_toml
 from fedssl.deployment.node import Node, Presence, reason_of
 from fedssl.deployment.process import ChildProcess
 from fedssl.deployment.superlink import (
+    ConnectionRefused,
     SuperLinkAddress,
     Watch,
     await_superlink,
@@ -248,6 +250,31 @@ def test_flowers_commands_are_found_without_an_activated_environment():
     first = environment()["PATH"].split(os.pathsep)[0]
     assert os.path.exists(os.path.join(first, "flower-superexec"))
     assert environment(FLWR_HOME="x")["FLWR_HOME"] == "x"
+
+
+@pytest.mark.parametrize("given", ["", "intern.example,10.1.1.1"])
+def test_this_machine_and_private_addresses_lie_on_this_side_of_a_proxy(
+    answering, monkeypatch, given
+):
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, NOBODY.address)
+    monkeypatch.setenv("NO_PROXY", given)
+    monkeypatch.setenv("no_proxy", given)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://{answering.link.address}/")
+    for name, value in without_proxy("10.0.0.5").items():
+        monkeypatch.setenv(name, value)
+    assert httpx.get(f"http://{answering.link.address}/").status_code == 405
+    names = os.environ["NO_PROXY"].split(",")
+    assert names == [*filter(None, given.split(",")), "localhost", "127.0.0.1", "::1", "10.0.0.5"]
+    assert "8.8.8.8" not in without_proxy("8.8.8.8")["NO_PROXY"]
+    assert environment()["no_proxy"] == environment()["NO_PROXY"]
+
+
+def test_a_door_that_does_not_know_the_certificate_refuses(answering):
+    answering.answer.status = 403
+    with pytest.raises(ConnectionRefused, match=r"nodes\.yaml does not name it"):
+        answering.link.probe()
 
 
 def test_only_a_node_that_was_connected_a_moment_ago_may_be_taken_for_connected(
