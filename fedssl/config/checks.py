@@ -176,7 +176,9 @@ def unknown_key(key: str, known: Mapping[str, Any]) -> str:
     group, _, inner = key.partition(".")
     models = GROUPS[group].models if group in GROUPS else {}
     having = [
-        told.rpartition(".")[2] for told, model in models.items() if inner in model.model_fields
+        told.rpartition(".")[2]
+        for told, model in models.items()
+        if told and inner in model.model_fields
     ]
     keys = [*GROUPS, *(name for name in known if name != key)]
     close = get_close_matches(key, keys, n=1) or [k for k in keys if k.endswith(f".{key}")]

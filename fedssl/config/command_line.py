@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from fedssl.config.compose import CONF, evaluation_overrides, load_config
+from fedssl.config.compose import CONF, evaluation_overrides, load_config, take_paths_as_text
 from fedssl.config.moved import modernize_overrides
 from fedssl.errors import UserError
 from fedssl.terminal import print_line
@@ -134,7 +134,7 @@ def run_entry(
     @functools.wraps(job)
     def guarded(config: DictConfig) -> None:
         with one_line():
-            job(config)
+            job(take_paths_as_text(config))
 
     earlier = {number: signal.signal(number, _interrupt) for number in INTERRUPTIONS}
     try:

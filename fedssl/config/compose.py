@@ -21,6 +21,7 @@ from fedssl.env import ROOT
 from fedssl.errors import SettingError, UserError
 
 CONF = ROOT / "conf"
+PATHS = ("dataset.path", "path", "folder", "run", "out", "output_dir", "run_dir", "cache_dir")
 # What Hydra's `instantiate` reads, https://hydra.cc/docs/advanced/instantiate_objects/overview
 SPECIAL = re.compile(r"(?<!\w)_(?:target|partial|args|recursive|convert)_(?!\w)")
 OPTION = re.compile(r"(?:[\w-][\w.-]*(?:/[\w-][\w.-]*)*)?")  # a file below a group's folder
@@ -45,8 +46,17 @@ def load_config(name: str, overrides: Sequence[str], federated: bool = False) ->
     if name == "test":
         given = evaluation_overrides(given)
     with initialize_config_dir(str(CONF), version_base=None):
-        config = _compose(name, given)
+        config = take_paths_as_text(_compose(name, given))
     check_settings(name, to_mapping(config))
+    return config
+
+
+def take_paths_as_text(config: DictConfig) -> DictConfig:
+    """Make the name of a folder text that YAML takes for a number, as of `2021`."""
+    for key in PATHS:
+        value = OmegaConf.select(config, key)
+        if type(value) is int:
+            OmegaConf.update(config, key, str(value))
     return config
 
 

@@ -27,13 +27,7 @@ from fedssl.config.command_line import (
     read_arguments,
     run_entry,
 )
-from fedssl.config.compose import (
-    CONF,
-    evaluation_overrides,
-    flatten,
-    load_config,
-    to_mapping,
-)
+from fedssl.config.compose import CONF, flatten, load_config, to_mapping
 from fedssl.config.moved import modernize_overrides
 from fedssl.config.schema import GROUPS, PROGRAMS
 from fedssl.errors import UserError
@@ -116,8 +110,7 @@ def _check(name: str, arguments: Sequence[str], complete: Complete) -> None:
     given, _ = modernize_overrides(flags_to_overrides(arguments))
     if any(override.startswith("resume=") for override in given):
         return
-    overrides = complete(given)
-    for job in jobs_of(evaluation_overrides(overrides) if name == "test" else overrides):
+    for job in jobs_of(complete(given)):
         load_config(name, job)
 
 

@@ -195,3 +195,11 @@ def test_a_wrong_override_gets_one_line_with_the_remedy(override, message):
         load_config("config", override.split())
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_may_be_called_by_a_number():
+    config = load_config("config", ["dataset=imagefolder", "dataset.path=2021", "cache_dir=7"])
+    assert (config.dataset.path, config.cache_dir) == ("2021", "7")
+    assert load_config("test", ["run=3"]).run == "3"
+    with pytest.raises(UserError, match=r"cache_dir=1\.5: must be text"):
+        load_config("config", ["cache_dir=1.5"])
