@@ -283,7 +283,7 @@ def train_reply(
         "images": result.images,
         "images-per-second": result.images_per_second,
         "cores": torch.get_num_threads(),
-        "unreadable-images": len(state.unreadable),
+        "unreadable-images": len(state.unreadable) if client.standalone else 0,
     }
     content = write_state(state.method.shared_state(), list(message.content[ARRAYS]))
     content[METRICS] = MetricRecord(metrics)

@@ -217,7 +217,7 @@ class FedProx(Strategy):
 class FedTrimmedAvg(Strategy):
     """An average without the extremes."""
 
-    beta: float = Field(default=0.2, ge=0, lt=0.5, description="share cut off at each end")
+    beta: float = Field(default=0.2, ge=0, le=1, description="share cut off at each end")
 
 
 class Krum(Strategy):

@@ -48,7 +48,10 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """Write it as an entry of results.json."""
-        return asdict(self) | {"rows": [score.to_json() for score in self.rows]}
+        entry = asdict(self) | {"rows": [score.to_json() for score in self.rows]}
+        if self.images is None:  # as before version 1.1
+            del entry["images"], entry["own_images"]
+        return entry
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> "Result":

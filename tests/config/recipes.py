@@ -168,6 +168,7 @@ CIFAR10_CPU = {
     "figures.queries": 10,
     "dataset.path": None,
     "dataset.revision": None,
+    "dataset.config_name": None,
     "dataset.image_column": "img",
     "dataset.label_column": "label",
     "dataset.train_split": "train",

@@ -131,7 +131,7 @@ def test_flower_calls_the_step_by_name_and_with_a_pause_after_nothing():
 
 
 def test_flowers_client_presents_the_certificate(tmp_path, monkeypatch):
-    make_certificates(tmp_path, [], nodes=0, days=1)
+    make_certificates(tmp_path, [], nodes=[], days=1)
     both = tmp_path / "both.pem"
     files = [tmp_path / "server.crt", tmp_path / "server.key"]
     both.write_bytes(b"".join(file.read_bytes() for file in files))
