@@ -103,6 +103,7 @@ def federate(folder: Path, overrides: Sequence[str]) -> dict:
     running = [Process(("flower-superlink", "--insecure", "--port", str(port)), env)]
     try:
         running += [Process(("flower-client-app", f"app:client{n}", *link), env) for n in (1, 2)]
+        running[0].wait_for("Uvicorn running")
         output = f"output_dir={folder}/federated"
         server = Process(("flower-server-app", "app:server", *link, output, *overrides), env)
         running.append(server)
