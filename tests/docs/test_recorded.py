@@ -136,6 +136,32 @@ def test_the_cost_of_what_travels_is_the_recorded_one():
         assert line in text, line
 
 
+def test_the_time_of_the_four_commands_is_the_recorded_one():
+    measured, text = recorded("four_commands.json"), read("docs/federation.md")
+    assert re.fullmatch(r"[0-9a-f]{40}", measured["measured"]["commit"])
+    assert measured["overrides"] == []
+    federated, simulated = measured["federated"], measured["simulated"]
+    assert measured["ratio"] == pytest.approx(federated["wall_s"] / simulated["wall_s"])
+    assert measured["ratio"] <= measured["limit"] == 2.5
+    assert federated["eval_loss"] == pytest.approx(simulated["eval_loss"], rel=1e-6)
+    assert f"took {federated['wall_s']:.0f} s on two cores" in text
+    assert f"{simulated['wall_s']:.0f} s: {measured['ratio']:.1f} times as long" in text
+    start = federated["start_s"]
+    signs = ("run submitted", "ServerApp loaded, images open", "first messages sent")
+    cells = [f"{start[name]:.1f}" for name in (*signs, "first round done")]
+    assert f"| {' | '.join(cells)} |" in text
+
+
+def test_every_attack_was_refused():
+    record, text = recorded("attacks.json"), read("docs/federation.md")
+    assert re.fullmatch(r"[0-9a-f]{40}", record["measured"]["commit"])
+    assert len(record["attacks"]) >= 13
+    for attack in record["attacks"]:
+        assert attack["held"], attack
+        assert re.search(attack["expected"], attack["seen"]), attack
+    assert "results/attacks.json" in text
+
+
 def test_the_speeds_are_the_recorded_ones():
     speed, text = recorded("speed.json"), read("docs/performance.md")
     assert len(speed["rows"]) == 6
