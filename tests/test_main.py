@@ -23,7 +23,9 @@ import test as evaluation
 from benchmarks.performance.simulation import own_memory
 from fedssl.config.command_line import run_entry
 from fedssl.config.compose import load_config
+from fedssl.runs.directory import RunDirectory
 from fedssl.runs.resume import with_earlier_overrides
+from utils import open_partitions, plain
 
 SMALL = [
     "--num_clients=2",
@@ -174,6 +176,17 @@ def test_every_way_to_deal_out_the_images_is_ready_to_start(tmp_path, cache_dir,
     places = [f"run_dir={tmp_path}/run", f"cache_dir={cache_dir}"]
     _, image_set = program.prepare(load_config("config", [f"partition={kind}", *places]))
     assert len(image_set.train.pixels) == 1437
+
+
+def test_the_opening_says_how_many_images_are_dealt_out(tmp_path, cache_dir):
+    given = ["partition=pathological", "num_clients=2", f"cache_dir={cache_dir}"]
+    config = load_config("config", [*given, f"run_dir={tmp_path}/run"])
+    resources, image_set = program.prepare(config)
+    dealt = sum(map(len, open_partitions(config, image_set)))
+    run = RunDirectory.create(tmp_path / "run", plain(config), str(tmp_path), given)
+    told = program.describe(config, resources, image_set, run)["data"]
+    assert 400 < dealt < 700
+    assert told.startswith(f"digits, {dealt} of 1,437 images of 8 x 8 pixels, dealt out by")
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from fedssl.data.image_set import Images, ImageSet
 from fedssl.errors import UserError
 from fedssl.evaluation.features import extract_features
 from fedssl.reporting import sections as pictures
-from fedssl.reporting.figures import MAX_NAMES, draw_map
+from fedssl.reporting.figures import MAX_NAMES, draw_map, draw_neighbours, draw_partitions
 from fedssl.reporting.sections import picture_map, picture_partitions
 from fedssl.runs.metrics import Failure
 from main import try_report
@@ -249,6 +249,17 @@ def test_a_map_of_many_classes_has_a_scale_of_their_numbers(monkeypatch):
     assert (len(few.axes), len(few.legends)) == (2, 1)
     assert (len(many.axes), len(many.legends)) == (3, 0)
     assert many.axes[2].get_xlim() == (0, MAX_NAMES)
+
+
+def test_names_with_dollar_signs_are_no_formulas(tmp_path, rng):
+    points, labels = rng.random((30, 2), dtype=np.float32), np.arange(30) % 3
+    names = ["$0_$10", "$", "a_{b}$\\x$"]
+    draw_map({"$x_$": points, "after": points}, labels, names, tmp_path / "map.png")
+    draw_partitions(np.arange(6).reshape(2, 3), names, tmp_path / "partitions.png")
+    pixels = rng.integers(0, 256, (12, 3, 8, 8), dtype=np.uint8)
+    captions = ["$0_$10"] * 12
+    draw_neighbours(pixels, rng.random((12, 4)), tmp_path / "near.png", [0, 1], captions)
+    assert len(list(tmp_path.glob("*.png"))) == 3
 
 
 def test_the_map_shows_the_baseline_and_the_trained_encoder(finished, digits, tmp_path):

@@ -1,5 +1,6 @@
 """Image data sets of the Hugging Face hub, or local copies of their files."""
 
+import hashlib
 import os
 import re
 import urllib.error
@@ -12,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedssl.data.decoding import scale_numbers
-from fedssl.data.sources.base import NO_LABEL, Encoded, Source, Split, Splits, split_rows
+from fedssl.data.sources.base import (
+    NO_LABEL,
+    Encoded,
+    Source,
+    Split,
+    Splits,
+    describe_twins,
+    split_rows,
+)
 from fedssl.errors import SettingError, UserError
 
 if TYPE_CHECKING:
@@ -88,9 +97,13 @@ class HubSource(Source):
                 )
             notes.append(f"split {self.test_split!r} has no labels and is left out")
         fraction = self.test_fraction or (TEST_FRACTION if test is not None else None)
-        parts = split_rows(len(train), labels, fraction, seed)
-        if "test" in parts:
+        drawn = labels is not None and fraction is not None
+        images = self._split("train", train, None).read() if drawn else iter(())
+        digests = [_digest(image) for image in images]
+        parts = split_rows(len(train), labels, fraction, seed, digests or None)
+        if drawn:
             notes.append(f"{len(parts['test'])} labelled images are kept for the test")
+            notes += describe_twins(digests, parts)
         splits = {
             name: self._split(name, train.select(rows), None if labels is None else labels[rows])
             for name, rows in parts.items()
@@ -219,6 +232,11 @@ class HubSource(Source):
             "to one with images",
             public=f"its column {self.image_column!r} holds no images",
         )
+
+
+def _digest(image: Encoded) -> bytes:
+    data = image.data.tobytes() if isinstance(image.data, np.ndarray) else image.data
+    return hashlib.sha256(data if isinstance(data, bytes) else str(data).encode()).digest()
 
 
 def _reason(error: Exception) -> str:

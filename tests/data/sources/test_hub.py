@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, open_images
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from fedssl.compute import Backend
@@ -250,3 +252,42 @@ def test_one_of_several_configurations_is_chosen_by_name(tmp_path, cache_dir, pa
         open_images(parquet, 10, cache_dir)
     found = open_images(replace(parquet, config_name="large"), 10, cache_dir)
     assert len(found.train.pixels) == 24
+
+
+def test_exact_copies_stay_on_one_side_of_a_drawn_split(table, rng):
+    pixels = rng.integers(0, 256, (20, 9, 9))
+    found = table([0, 1] * 20, pictures=[*pixels.tolist(), *pixels.tolist()])
+    sides = [{image.tobytes() for image in each.pixels} for each in (found.train, found.test)]
+    assert not sides[0] & sides[1]
+    assert "20 exact copies stay on the side of their originals" in found.notes
+
+
+COLUMNS = st.one_of(
+    st.lists(st.one_of(st.none(), st.integers(-3, 4)), min_size=1, max_size=30),
+    st.lists(st.sampled_from(["", "a", " a", "b", "É", "$0_$1"]), min_size=1, max_size=30),
+    st.lists(st.one_of(st.none(), st.floats(-2, 3)), min_size=1, max_size=30),
+    st.lists(st.booleans(), min_size=1, max_size=30),
+)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(COLUMNS, st.one_of(st.none(), st.just([]), COLUMNS))
+def test_whatever_a_column_of_labels_holds_there_are_true_numbers_or_a_line(
+    table, labels, test_labels
+):
+    """Of a split without rows, too."""
+    test_labels = test_labels or None
+    try:
+        found = table(labels, test_labels)
+    except UserError:
+        return
+    assert len(found.train.pixels) + (len(found.test.pixels) if found.test else 0) <= len(
+        labels
+    ) + len(test_labels or [])
+    for images in filter(None, (found.train, found.test)):
+        if images.labels is not None:
+            assert images.labels.min() >= NO_LABEL
+            assert images.labels.max() < len(found.class_names)
+            assert (images.labels != NO_LABEL).any()
