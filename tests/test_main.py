@@ -364,7 +364,7 @@ def test_quiet_leaves_the_table(tmp_path, cache_dir):
     done = start("main.py", "--quiet", *SMALL[:2], *SMALL[4:], *less, *places)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("Linear evaluation: ")
+    assert lines[0].startswith("Linear evaluation on digits: ")
     assert len(lines) == 7
     again = start("test.py", "--quiet", f"--run={tmp_path}/latest", "seeds=1", *places[1:])
     assert (again.returncode, again.stderr) == (0, "")
