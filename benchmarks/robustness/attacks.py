@@ -62,19 +62,7 @@ class HonestRun:
         self.federation, self.outputs = federation, federation.folder / "outputs"
         for number in (1, 2, 3):
             folder = write_images(federation.folder / f"site{number}", 20 + number)
-            self.start_node(f"node{number}", f"node{number}", number - 1, folder)
-
-    def start_node(self, name: str, member: str, partition: int, folder: Path) -> None:
-        """Start a node as a member of the federation."""
-        federation, keys = self.federation, self.federation.certificates
-        federation.start(
-            name,
-            *("flower-client-app", "app:client", "--max-wait-time", "20"),
-            *("--superlink", f"127.0.0.1:{federation.door_port}"),
-            *("--root-certificates", f"{keys}/ca.crt", "--certificate", f"{keys}/{member}.pem"),
-            *("--auth-supernode-private-key", f"{keys}/{member}"),
-            *("--node-config", f'partition-id={partition} data-path="{folder}"'),
-        )
+            start_node(federation, f"node{number}", f"node{number}", number - 1, folder)
 
     def start(self) -> None:
         """Start the run on the server's machine, and wait for its first round."""
@@ -126,27 +114,48 @@ def write_images(folder: Path, count: int) -> Path:
     return folder
 
 
+def start_node(
+    federation: Federation, name: str, member: str, partition: int, folder: Path
+) -> None:
+    """Start a node as a member of the federation, through the door."""
+    keys = federation.certificates
+    federation.start(
+        name,
+        *("flower-client-app", "app:client", "--max-wait-time", "20"),
+        *("--superlink", f"127.0.0.1:{federation.door_port}"),
+        *("--root-certificates", f"{keys}/ca.crt", "--certificate", f"{keys}/{member}.pem"),
+        *("--auth-supernode-private-key", f"{keys}/{member}"),
+        *("--node-config", f'partition-id={partition} data-path="{folder}"'),
+    )
+
+
+def join(run: HonestRun, partition: int, count: int, reason: str) -> str:
+    """Join as node4 in mid-run, with so many images; give the refusals that hold a reason."""
+    name = f"newcomer with {count} images"
+    folder = write_images(run.federation.folder / name, count)
+    start_node(run.federation, name, "node4", partition, folder)
+
+    def refusals() -> list[str]:
+        return [line for line in run.refusals() if "node4" in line and reason in line]
+
+    run.wait_for(lambda: bool(refusals()))
+    run.federation.stop(name)
+    return "; ".join(refusals())[:300]
+
+
 def claim_partition(run: HonestRun) -> str:
     """A member claims the partition of another that is connected, in mid-run."""
-    folder = write_images(run.federation.folder / "claimed", 30)
-    run.start_node("claimant", "node4", 0, folder)
-    run.wait_for(lambda: any("node4" in line for line in run.refusals()))
-    run.federation.stop("claimant")
-    return "; ".join(line for line in run.refusals() if "node4" in line)[:300]
+    return join(run, partition=0, count=30, reason="partition")
 
 
 def join_with_one_image(run: HonestRun) -> str:
     """A newcomer in mid-run who can't take part."""
-    folder = write_images(run.federation.folder / "single", 1)
-    run.start_node("newcomer", "node4", 3, folder)
-    run.wait_for(lambda: any("images" in line for line in run.refusals()))
-    run.federation.stop("newcomer")
-    return "; ".join(line for line in run.refusals() if "images" in line)[:300]
+    return join(run, partition=3, count=1, reason="images")
 
 
 def copy_of_a_site(run: HonestRun) -> str:
     """A thief starts a node with both files of a site, which is connected."""
-    run.start_node("thief", "node1", 0, run.federation.folder / "site2")
+    start_node(run.federation, "thief", "node1", 0, run.federation.folder / "site2")
     status = run.federation.started["thief"].wait(120)
     last = run.federation.log("thief").strip().splitlines()[-1]
     return f"exit {status}: {last}"
@@ -190,11 +199,8 @@ def changed_bundle_at_a_node(folder: Path) -> str:
     try:
         federation.start_superlink("--any-app")
         federation.start_door()
-        run = HonestRun.__new__(HonestRun)
-        run.federation, run.outputs = federation, folder / "outputs"
-        images = write_images(folder / "site1", 20)
-        run.start_node("node1", "node1", 0, images)
-        overrides = [*RUN, "num_clients=1", "node_wait_s=20", f"output_dir={run.outputs}"]
+        start_node(federation, "node1", "node1", 0, write_images(folder / "site1", 20))
+        overrides = [*RUN, "num_clients=1", "node_wait_s=20", f"output_dir={folder}/outputs"]
         config = f"hydra-overrides={json.dumps(' '.join(overrides))}"
         given = ("run", ".", "inside", "--stream", "--run-config", config)
         federation.run("flwr", *given, cwd=copy, timeout_s=300)
