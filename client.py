@@ -28,11 +28,14 @@ from fedssl.federation.messages import (
     read_state,
     write_state,
 )
+from fedssl.federation.statistics import ACTION, write_moments
 from fedssl.methods.base import Method, local_arrays
 from fedssl.networks.state import load_state
 from fedssl.seeding import generator_for
 from fedssl.training.local import Pixels, TrainSettings, cache_on_device, local_loss, local_train
+from fedssl.training.optimizers import split_momentum
 from fedssl.training.schedule import Schedule
+from fedssl.training.statistics import measure_moments
 from utils import (
     build_method,
     build_schedule,
@@ -185,6 +188,7 @@ def make_client_app(
         (app.train(mods=list(mods)), train_reply),
         (app.evaluate(), evaluate_reply),
         (app.query(), query_reply),
+        (app.query(ACTION), statistics_reply),
     ):
         register(functools.partial(_answer, identify, load, answer))
     return app
@@ -261,7 +265,9 @@ def train_reply(
     client: ClientConfig, state: ClientState, message: Message, context: Context
 ) -> Message:
     """Answer a training message: the weights after a round of local training."""
-    round_number, proximal_mu = _load_model(state, message, context)
+    momentum = _load_model(state, message, context)
+    request = message.content.config_records[CONFIG]
+    round_number = round_of(message)
     rows, _ = state.rows_of(client)
     result = local_train(
         state.method,
@@ -270,9 +276,10 @@ def train_reply(
         state.views_of(round_number),
         state.settings,
         plan=state.schedule.plan(round_number),
-        proximal_mu=proximal_mu,
+        proximal_mu=float(str(request.get("proximal-mu", 0.0))),
         generator=generator_for(state.seed, "train", round_number, client.partition),
         backend=state.backend,
+        momentum=momentum,
     )
     release_memory()  # before the weights are copied into the reply
     _keep_local(state, context)
@@ -285,7 +292,8 @@ def train_reply(
         "cores": torch.get_num_threads(),
         "unreadable-images": len(state.unreadable) if client.standalone else 0,
     }
-    content = write_state(state.method.shared_state(), list(message.content[ARRAYS]))
+    trained = {**state.method.shared_state(), **result.momentum}
+    content = write_state(trained, list(message.content[ARRAYS]))
     content[METRICS] = MetricRecord(metrics)
     return Message(content, reply_to=message)
 
@@ -294,7 +302,8 @@ def evaluate_reply(
     client: ClientConfig, state: ClientState, message: Message, context: Context
 ) -> Message:
     """Answer an evaluation message: the loss of the held-out images, same views every round."""
-    round_number, _ = _load_model(state, message, context)
+    _load_model(state, message, context)
+    round_number = round_of(message)
     _, rows = state.rows_of(client)
     loss, representation = local_loss(
         state.method,
@@ -310,17 +319,43 @@ def evaluate_reply(
     return Message(RecordDict({METRICS: MetricRecord(metrics)}), reply_to=message)
 
 
-def _load_model(state: ClientState, message: Message, context: Context) -> tuple[int, float]:
+def statistics_reply(
+    client: ClientConfig, state: ClientState, message: Message, context: Context
+) -> Message:
+    """Answer what enters the BatchNorm layers: mean and mean square over this client's images."""
+    _load_model(state, message, context)
+    round_number = round_of(message)
+    rows, _ = state.rows_of(client)
+    moments = measure_moments(
+        state.method,
+        state.pixels,
+        rows,
+        state.views_of(round_number),
+        state.schedule.eval_resolution(round_number),
+        batch_size=state.settings.batch_size,
+        generator=generator_for(state.seed, "statistics", client.partition),
+        backend=state.backend,
+    )
+    metrics = MetricRecord({"partition-id": client.partition, "num-examples": len(rows)})
+    return Message(RecordDict({METRICS: metrics, **write_moments(moments)}), reply_to=message)
+
+
+def round_of(message: Message) -> int:
+    """Read the number of a message's round."""
+    return int(str(message.content.config_records[CONFIG]["server-round"]))
+
+
+def _load_model(state: ClientState, message: Message, context: Context) -> dict[str, Tensor]:
     """Load a message's weights, and beside them what the client keeps of its own.
 
     Returns:
-        The number of the round, and the weight of FedProx's term.
+        The momentum that the message brings, if any.
     """
-    request = message.content.config_records[CONFIG]
     kept = context.state.array_records.get(LOCAL)
     local = kept.to_torch_state_dict() if kept else state.first_local
-    load_state(state.method, {**read_state(message.content), **local})
-    return int(str(request["server-round"])), float(str(request.get("proximal-mu", 0.0)))
+    shared, momentum = split_momentum(read_state(message.content))
+    load_state(state.method, {**shared, **local})
+    return momentum
 
 
 def _keep_local(state: ClientState, context: Context) -> None:

@@ -44,7 +44,7 @@ from fedssl.runs.metrics import RoundMetrics
 from fedssl.runs.resume import Continuation, reopen
 from fedssl.seeding import derive_seed
 from fedssl.training.local import TrainSettings
-from fedssl.training.optimizers import OptimizerSettings
+from fedssl.training.optimizers import OptimizerSettings, zero_momentum
 from fedssl.training.schedule import Schedule
 
 if TYPE_CHECKING:  # a client, which imports this file for every message, evaluates nothing
@@ -291,6 +291,7 @@ def build_federation(
         min_results=config.min_results,
         max_update_ratio=config.max_update_ratio or 0,
         keep_checkpoints=config.keep_checkpoints,
+        recompute_statistics=config.train.statistics == "recomputed",
         images=image_set.content if image_set else None,
     )
     monitor = None
@@ -302,7 +303,10 @@ def build_federation(
         )
     strategy, acts_on = build_strategy(plain(config.strategy)), config.strategy.acts_on
     method = build_method(config, backend.device)
-    return Federation(nodes, method, strategy, acts_on, settings, run, monitor, checkpoint)
+    momentum = zero_momentum(method, build_train_settings(config).optimizer)
+    return Federation(
+        nodes, method, strategy, acts_on, settings, run, monitor, checkpoint, momentum
+    )
 
 
 def run_rounds(

@@ -122,6 +122,11 @@ class Train(Section):
         description="side in pixels of the whole images that the encoder is used on; null: as "
         "its last views",
     )
+    statistics: Literal["averaged", "recomputed"] = Field(
+        default="averaged",
+        description="BatchNorm's, of the averaged model: averaged too, or recomputed over images "
+        "of the clients, which takes a message more",
+    )
 
 
 class Sgd(Section):
@@ -133,6 +138,11 @@ class Sgd(Section):
     )
     momentum: float = Field(default=0.9, ge=0, le=0.9999, description="of SGD")
     weight_decay: float = Field(default=5.0e-4, ge=0, description="of SGD")
+    momentum_start: Literal["zero", "averaged"] = Field(
+        default="zero",
+        description="momentum at the start of a round: zero, or averaged, the mean of what the "
+        "clients ended the last one with, which travels like the weights",
+    )
 
 
 class Muon(Sgd):

@@ -214,3 +214,10 @@ def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
     flat = F.conv2d(flat, kernel.view(-1, 1, 1, 2 * radius + 1), groups=count * channels)
     flat = F.conv2d(flat, kernel.view(-1, 1, 2 * radius + 1, 1), groups=count * channels)
     return flat.view_as(images)
+
+
+def shrink(images: Tensor, resolution: int) -> Tensor:
+    """Shrink square float images (N, 3, S, S) to `resolution` pixels where they are larger."""
+    if images.shape[-1] <= resolution:
+        return images
+    return F.interpolate(images, size=(resolution, resolution), mode="bilinear", antialias=True)

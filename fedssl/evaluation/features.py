@@ -2,10 +2,9 @@
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from fedssl.compute import Backend
+from fedssl.data.views import shrink
 from fedssl.networks.encoder import Encoder
 
 
@@ -34,10 +33,3 @@ def extract_features(
             chunks.append(encoder(pixels).float().cpu())
     encoder.train(was_training)
     return torch.cat(chunks).numpy()
-
-
-def shrink(images: Tensor, resolution: int) -> Tensor:
-    """Shrink square float images (N, 3, S, S) to `resolution` pixels where they are larger."""
-    if images.shape[-1] <= resolution:
-        return images
-    return F.interpolate(images, size=(resolution, resolution), mode="bilinear", antialias=True)

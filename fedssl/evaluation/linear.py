@@ -9,6 +9,7 @@ from sklearn.preprocessing import StandardScaler
 
 from fedssl.evaluation.base import EvaluationData, Score
 from fedssl.evaluation.classifier import ClassifierEvaluation, fit, zero_linear
+from fedssl.evaluation.converged import fit_converged_head
 from fedssl.evaluation.knn import knn_accuracy
 from fedssl.networks.encoder import Encoder
 from fedssl.networks.state import state_digest
@@ -17,7 +18,7 @@ from fedssl.seeding import generator_for
 
 @dataclass(frozen=True)
 class LinearEvaluation(ClassifierEvaluation):
-    """A linear head on the features of the frozen encoder, and kNN beside it.
+    """A linear head on the features of the frozen encoder, trained and converged, and kNN.
 
     Attributes:
         knn_neighbors: that vote.
@@ -29,7 +30,7 @@ class LinearEvaluation(ClassifierEvaluation):
     knn_neighbors: int
 
     def run(self, name: str, encoder: Encoder, data: EvaluationData) -> list[Score]:
-        """Score both, with the checksum that the encoder had before and after.
+        """Score all three, with the checksum that the encoder had before and after.
 
         Raises:
             RuntimeError: the encoder changed, which would be a defect.
@@ -38,17 +39,20 @@ class LinearEvaluation(ClassifierEvaluation):
         rows = np.unique(np.concatenate(data.labelled))
         features = data.features(encoder, data.train.pixels[rows])
         test_features = data.features(encoder, data.test.pixels)
-        linear, knn = [], []
+        linear, converged, knn = [], [], []
         for seed, labelled in data.draws():
             bank, labels = features[np.searchsorted(rows, labelled)], data.train.labels[labelled]
             predict = train_linear_head(bank, labels, data.num_classes, self, seed)
             linear.append(data.top1(predict(test_features)))
+            predict = fit_converged_head(bank, labels, seed)
+            converged.append(data.top1(predict(test_features)))
             test = test_features, data.test.labels
             knn.append(knn_accuracy(bank, labels, *test, self.knn_neighbors))
         if state_digest(encoder) != digest:
             raise RuntimeError("the frozen encoder changed during the evaluation")
         return [
             Score(name, "linear head", linear, encoder_sha256=digest),
+            Score(name, "converged head", converged, encoder_sha256=digest),
             Score(name, "kNN", knn, encoder_sha256=digest),
         ]
 

@@ -46,17 +46,20 @@ def fraction_train(strategy: Strategy) -> float:
     return next((float(fraction) for fraction in fractions if fraction is not None), 1.0)
 
 
-def arrays_for_strategy(method: Method, acts_on: ActsOn) -> list[str]:
-    """Name the arrays of the shared state that a strategy acts on, in the model's order.
+def arrays_for_strategy(method: Method, acts_on: ActsOn, momentum: Sequence[str] = ()) -> list[str]:
+    """Name the arrays that a strategy acts on, in the order in which they travel.
 
     These are floats, or for server optimizers only parameters: an optimizer's
     step would push BatchNorm's running variance below zero; counters would
     swamp the distances of Krum and the norms of clipping.
+
+    Args:
+        momentum: names of the arrays of momentum, which are floats.
     """
     shared = method.shared_state()
     if acts_on == "parameters":
         return [name for name, _ in method.named_parameters() if name in shared]
-    return [name for name, tensor in shared.items() if tensor.is_floating_point()]
+    return [*(name for name, tensor in shared.items() if tensor.is_floating_point()), *momentum]
 
 
 def aggregate(

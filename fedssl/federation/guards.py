@@ -13,6 +13,7 @@ from torch import Tensor
 from fedssl.federation.messages import ARRAYS, METRICS, read_state
 from fedssl.federation.nodes import Answer
 from fedssl.runs.metrics import ClientMetrics, Failure
+from fedssl.training.optimizers import MOMENTUM
 
 REPRESENTATION = ("alignment", "uniformity", "effective-rank")
 TRAINED = ("num-examples", "train-loss", "images", "images-per-second")
@@ -86,10 +87,8 @@ def read_update(
         ValueError: what is wrong with it.
     """
     wanted = EVALUATED if expected is None else TRAINED
-    metrics = _read_metrics(reply.content, wanted)
-    num_examples = metrics["num-examples"]
-    if num_examples != int(num_examples) or not 1 <= num_examples <= MAX_EXAMPLES:
-        raise ValueError(f"num-examples is {num_examples:g}")
+    metrics = read_metrics(reply.content, wanted)
+    num_examples = check_num_examples(metrics["num-examples"])
     state: Mapping[str, Tensor] = {}
     if expected is not None:
         state = read_state(reply.content)
@@ -98,13 +97,24 @@ def read_update(
             raise ValueError("its arrays are not those of the request, in their order")
     metrics |= _take_extra(reply.content)
     _check_records(reply.content, training=expected is not None)
-    return Update(partition, int(num_examples), metrics, state, reply)
+    return Update(partition, num_examples, metrics, state, reply)
+
+
+def check_num_examples(count: float) -> int:
+    """Take a client's number of images for what it is.
+
+    Raises:
+        ValueError: no number of images.
+    """
+    if count != int(count) or not 1 <= count <= MAX_EXAMPLES:
+        raise ValueError(f"num-examples is {count:g}")
+    return int(count)
 
 
 def _take_extra(content: RecordDict) -> dict[str, float]:
     """Take out of the metrics what only some clients tell, which strategies can't average."""
     record = content.metric_records[METRICS]
-    told = _read_metrics(content, [name for name in EXTRA if name in record])
+    told = read_metrics(content, [name for name in EXTRA if name in record])
     for name, value in told.items():
         if value != int(value) or not 0 <= value <= MAX_EXAMPLES:
             raise ValueError(f"{name} is {value:g}")
@@ -120,7 +130,7 @@ def _check_records(content: RecordDict, training: bool) -> None:
     count = len(content.array_records)
     if training and count != 1:
         raise ValueError(f"the reply holds {count} records of arrays instead of one")
-    _read_metrics(content, sorted(content.metric_records[METRICS]))
+    read_metrics(content, sorted(content.metric_records[METRICS]))
 
 
 def reject_odd_metrics(updates: Sequence[Update]) -> tuple[list[Update], list[Failure]]:
@@ -148,7 +158,7 @@ def reject_odd_metrics(updates: Sequence[Update]) -> tuple[list[Update], list[Fa
     return kept, failures
 
 
-def _read_metrics(content: RecordDict, wanted: Sequence[str]) -> dict[str, float]:
+def read_metrics(content: RecordDict, wanted: Sequence[str]) -> dict[str, float]:
     """Read metrics that must be there and be finite numbers."""
     metrics = content.get(METRICS)
     if not isinstance(metrics, MetricRecord):
@@ -167,7 +177,7 @@ def _read_metrics(content: RecordDict, wanted: Sequence[str]) -> dict[str, float
 def count_images(reply: Message) -> float:
     """Count the images that a client says it trained on; 0 where the reply does not tell."""
     try:
-        return _read_metrics(reply.content, ("images",))["images"]
+        return read_metrics(reply.content, ("images",))["images"]
     except ValueError:
         return 0.0
 
@@ -200,7 +210,7 @@ def reject_outliers(
     The norm of an update is the Euclidean length of its way from the global
     parameters. It may be at most `max_ratio` times the norm of the parameters
     themselves and, among three updates or more, `max_ratio` times the median;
-    the latter holds for BatchNorm's statistics, too.
+    the latter holds for BatchNorm's statistics and for momentum, too.
 
     Args:
         state: of the global model.
@@ -211,26 +221,26 @@ def reject_outliers(
         The updates, each with its norm and the cosine of the angle between it
         and the sum of the others, and the failures.
     """
-    weights = {name: state[name].cpu() for name in names}
-    statistics = {
-        name: tensor.cpu()
-        for name, tensor in state.items()
-        if tensor.is_floating_point() and name not in weights
-    }
-    norms, limit = _measure_norms(updates, weights)
-    shifts, shift_limit = _measure_norms(updates, statistics)
-    limit = min(limit, math.hypot(*(float(tensor.norm()) for tensor in weights.values())))
+    groups: dict[str, dict[str, Tensor]] = {"weights": {}, "statistics": {}, "momentum": {}}
+    for name, tensor in state.items():
+        if tensor.is_floating_point():
+            other = "momentum" if name.startswith(MOMENTUM) else "statistics"
+            groups["weights" if name in names else other][name] = tensor.cpu()
+    moved = {what: _measure_norms(updates, arrays) for what, arrays in groups.items()}
+    norms, limit = moved["weights"]
+    own = math.hypot(*(float(tensor.norm()) for tensor in groups["weights"].values()))
+    moved["weights"] = norms, min(limit, own)
     kept: list[Update] = []
     failures: list[Failure] = []
-    for update, norm, shift in zip(updates, norms, shifts, strict=True):
-        for what, length, usual in (("weights", norm, limit), ("statistics", shift, shift_limit)):
-            if max_ratio and length > max_ratio * usual:
-                reason = f"its {what} moved by {length:.3g}, over {max_ratio:g} times {usual:.3g}"
-                failures.append(Failure(update.partition, reason))
+    for place, update in enumerate(updates):
+        for what, (lengths, usual) in moved.items():
+            if max_ratio and lengths[place] > max_ratio * usual:
+                told = f"{lengths[place]:.3g}, over {max_ratio:g} times {usual:.3g}"
+                failures.append(Failure(update.partition, f"its {what} moved by {told}"))
                 break
         else:
-            kept.append(replace(update, update_norm=norm))
-    cosines = _compare_directions(kept, weights)
+            kept.append(replace(update, update_norm=norms[place]))
+    cosines = _compare_directions(kept, groups["weights"])
     measured = zip(kept, cosines, strict=True)
     return [replace(update, cosine=cosine) for update, cosine in measured], failures
 

@@ -25,6 +25,7 @@ from fedssl.federation.guards import (
 from fedssl.federation.messages import BUFFERS, CONFIG, pack_tensors, split_state
 from fedssl.federation.monitoring import find_warnings
 from fedssl.federation.nodes import Nodes, OnReplies, no_op
+from fedssl.federation.statistics import pool_statistics, statistics_request
 from fedssl.federation.strategy_state import load_strategy_state_dict, strategy_state_dict
 from fedssl.methods.base import Method
 from fedssl.networks.encoder import Encoder
@@ -33,6 +34,7 @@ from fedssl.runs.checkpoints import Checkpoint, save_checkpoint
 from fedssl.runs.directory import RunDirectory
 from fedssl.runs.metrics import ClientMetrics, Failure, Progress, RoundMetrics
 from fedssl.seeding import derive_seed
+from fedssl.training.optimizers import split_momentum
 
 OnRound = Callable[[RoundMetrics], None]
 OfClient = TypeVar("OfClient", ClientMetrics, Failure)
@@ -54,6 +56,8 @@ class RoundSettings:
         min_results: clients that must come back from a round.
         max_update_ratio: see `reject_outliers`.
         keep_checkpoints: so many of the newest stay.
+        recompute_statistics: whether clients measure BatchNorm's statistics anew after
+            averaging, see fedssl/training/statistics.py.
         images: names the content of the images that are trained on, if the server
             has them.
     """
@@ -63,6 +67,7 @@ class RoundSettings:
     min_results: int
     max_update_ratio: float
     keep_checkpoints: int
+    recompute_statistics: bool = False
     images: str | None = None
 
 
@@ -79,6 +84,7 @@ class Federation:
         run: RunDirectory,
         monitor: Monitor | None = None,
         checkpoint: Checkpoint | None = None,
+        momentum: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Start with a model and a strategy, or put both back to a checkpoint.
 
@@ -86,10 +92,13 @@ class Federation:
             acts_on: see `arrays_for_strategy`.
             monitor: None leaves the kNN accuracy out.
             checkpoint: of the last round that was done.
+            momentum: that clients begin the first round with, see `zero_momentum`.
         """
         self.nodes, self.method, self.strategy = nodes, method, strategy
         self.settings, self.run, self.monitor = settings, run, monitor
-        self.names = arrays_for_strategy(method, acts_on)
+        self.momentum = dict(momentum or {})
+        self.parameters = arrays_for_strategy(method, "parameters")
+        self.names = arrays_for_strategy(method, acts_on, list(self.momentum))
         self.done = 0
         self.sizes: dict[int, int] = {}  # images of each partition when it last trained
         for metrics in run.read_metrics():
@@ -97,6 +106,7 @@ class Federation:
         if checkpoint:
             load_state(self.method, checkpoint.state)
             load_strategy_state_dict(self.strategy, checkpoint.strategy)
+            self.momentum |= checkpoint.momentum
             self.done = checkpoint.round
 
     def train(self, on_round: OnRound, on_progress: ProgressCallback = no_op) -> None:
@@ -124,7 +134,7 @@ class Federation:
         except TypeError as error:
             raise RuntimeError(f"round {metrics.round}: {error}") from error
         state, images = self.method.state_dict(), self.settings.images
-        checkpoint = Checkpoint(metrics.round, state, strategy, metrics, images)
+        checkpoint = Checkpoint(metrics.round, state, strategy, metrics, images, self.momentum)
         save_checkpoint(self.run.checkpoints, checkpoint, self.settings.keep_checkpoints)
         self.run.append_metrics(metrics)
         self.done = metrics.round
@@ -134,8 +144,10 @@ class Federation:
         began = time.perf_counter()
         updates, failures = self._train(round_number, on_progress)
         trained = time.perf_counter()
+        measured, whole, silent = self._renew_statistics(round_number)
         evaluations, absent = self._ask(round_number, MessageType.EVALUATE, on_progress)
         self.strategy.aggregate_evaluate(round_number, [each.message for each in evaluations])
+        load_state(self.method, {**self.method.state_dict(), **whole})
         evaluated = time.perf_counter()
         encoder, monitor = self.method.encoder, self.monitor
         knn = monitor.accuracy(encoder, round_number) if monitor else None
@@ -153,9 +165,10 @@ class Federation:
             seconds_evaluate=round(evaluated - trained, 3),
             seconds_knn=round(ended - evaluated, 3),
             images_per_second=sum(u.metrics["images"] for u in updates) / (trained - began),
-            bytes_moved=self._shared_bytes() * (2 * len(updates) + len(evaluations)),
+            bytes_moved=2 * len(updates) * _count_bytes(self._travels(MessageType.TRAIN))
+            + (measured + len(evaluations)) * _count_bytes(self._travels(MessageType.EVALUATE)),
             clients=tuple(map(self._named, client_metrics(updates, evaluations))),
-            failures=tuple(map(self._named, failures + absent)),
+            failures=tuple(map(self._named, failures + silent + absent)),
             nodes=self.nodes.take_events(),
         )
         metrics = replace(metrics, warnings=tuple(find_warnings(metrics, self.sizes)))
@@ -174,21 +187,47 @@ class Federation:
     ) -> tuple[list[Update], list[Failure]]:
         """Train the sampled clients; the global model becomes what their updates give."""
         updates, failures = self._ask(round_number, MessageType.TRAIN, on_progress)
-        state = self.method.shared_state()
-        parameters = [name for name, _ in self.method.named_parameters() if name in state]
-        updates, far = reject_outliers(updates, state, parameters, self.settings.max_update_ratio)
+        state = self._travels(MessageType.TRAIN)
+        ratio = self.settings.max_update_ratio
+        updates, far = reject_outliers(updates, state, self.parameters, ratio)
         failures += far
         self._require(round_number, updates, failures)
         combined = aggregate(self.strategy, round_number, updates, state, self.names)
-        load_state(self.method, {**self.method.state_dict(), **combined})
+        shared, self.momentum = split_momentum(combined)
+        load_state(self.method, {**self.method.state_dict(), **shared})
         return updates, failures
 
     def _ask(
         self, round_number: int, kind: str, on_progress: ProgressCallback
     ) -> tuple[list[Update], list[Failure]]:
         """Send the model to the sampled clients; give their updates and the failures."""
-        state = self.method.shared_state()
-        arrays, buffers = split_state(state, self.names)
+        messages = self._requests(round_number, kind)
+        on_replies = _tell(on_progress, kind, len(messages))
+        answers = self.nodes.send_and_receive(messages, on_replies)
+        expected = self._travels(kind) if kind == MessageType.TRAIN else None
+        names = self.names if kind == MessageType.TRAIN else None
+        updates, failures = validate_replies(answers, self.nodes.partition_of, expected, names)
+        updates, odd = reject_odd_metrics(updates)
+        return updates, failures + odd
+
+    def _renew_statistics(self, round_number: int) -> tuple[int, dict[str, Tensor], list[Failure]]:
+        """Ask those who will evaluate for BatchNorm's statistics, and take those for views.
+
+        Returns:
+            The number of usable answers, the arrays for whole images, and the failures.
+        """
+        if not self.settings.recompute_statistics:
+            return 0, {}, []
+        messages = map(statistics_request, self._requests(round_number, MessageType.EVALUATE))
+        answers = self.nodes.send_and_receive(messages)
+        views, whole, failures = pool_statistics(answers, self.nodes.partition_of, self.method)
+        load_state(self.method, {**self.method.state_dict(), **views})
+        return len(answers) - len(failures), whole, failures
+
+    def _requests(self, round_number: int, kind: str) -> list[Message]:
+        """Make the messages to the clients that a round samples, always the same."""
+        state = self._travels(kind)
+        arrays, buffers = split_state(state, [name for name in self.names if name in state])
         request = ConfigRecord()
         random.seed(derive_seed(self.settings.seed, "sample", kind, round_number))
         configure = (
@@ -201,13 +240,7 @@ class Federation:
         packed = pack_tensors(buffers)
         for message in messages:
             message.content.config_records[CONFIG][BUFFERS] = packed
-        on_replies = _tell(on_progress, kind, len(messages))
-        answers = self.nodes.send_and_receive(messages, on_replies)
-        expected: Mapping[str, Tensor] | None = state if kind == MessageType.TRAIN else None
-        names = self.names if kind == MessageType.TRAIN else None
-        updates, failures = validate_replies(answers, self.nodes.partition_of, expected, names)
-        updates, odd = reject_odd_metrics(updates)
-        return updates, failures + odd
+        return messages
 
     def _require(
         self, round_number: int, updates: Sequence[Update], failures: Sequence[Failure]
@@ -222,8 +255,14 @@ class Federation:
                 f"{self.nodes.membership.describe_refusals()}"
             )
 
-    def _shared_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.method.shared_state().values())
+    def _travels(self, kind: str) -> dict[str, Tensor]:
+        """Give what a message carries: the model's state, and momentum to train on with."""
+        momentum = self.momentum if kind == MessageType.TRAIN else {}
+        return {**self.method.shared_state(), **momentum}
+
+
+def _count_bytes(state: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in state.values())
 
 
 def _tell(on_progress: ProgressCallback, phase: str, asked: int) -> OnReplies:

@@ -1,7 +1,7 @@
 """Checkpoints: all that a run needs to go on after a round, with checksums.
 
 A round leaves `round-0003.safetensors` (the global model), for strategies with
-state `server-0003.safetensors`, and last `round-0003.json`, which
+state or momentum `server-0003.safetensors`, and last `round-0003.json`, which
 holds the checksums of both, of itself, and the round's metrics line. Without an
 intact JSON there is no checkpoint.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, numpy, torch
-from torch import Tensor
+from torch import Tensor, from_numpy
 
 from fedssl.errors import UserError
 from fedssl.files import write_atomically
@@ -44,6 +44,7 @@ class Checkpoint:
         strategy: the state of the strategy, such as a server optimizer's moments.
         metrics: the round's numbers.
         images: names the content of the images that were trained on.
+        momentum: that the clients go on with, where it travels, by names with a point.
     """
 
     round: int
@@ -51,6 +52,7 @@ class Checkpoint:
     strategy: ServerState = field(default_factory=ServerState)
     metrics: RoundMetrics | None = None
     images: str | None = None
+    momentum: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
@@ -64,8 +66,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
     write_atomically(model_file, model)
     facts: dict[str, Any] = {"round": checkpoint.round, "sha256": _digest(model)}
     facts["strategy"] = checkpoint.strategy.tree
-    if checkpoint.strategy.arrays:
-        arrays = checkpoint.strategy.arrays
+    momentum = {name: value.cpu().numpy() for name, value in checkpoint.momentum.items()}
+    if arrays := {**checkpoint.strategy.arrays, **momentum}:
         server = numpy.save({k: np.asarray(v, order="C") for k, v in arrays.items()})
         write_atomically(server_file, server)
         facts["server_sha256"] = _digest(server)
@@ -133,7 +135,8 @@ def load_checkpoint(file: Path) -> Checkpoint:
             arrays = numpy.load(remembered)
     except (SafetensorError, ValueError, OSError) as error:
         raise UserError(f"{where}: can't be read ({error}); use another round's") from error
-    return Checkpoint(round_number, state, ServerState(tree, arrays), metrics, images)
+    momentum = {name: from_numpy(arrays.pop(name)) for name in [n for n in arrays if "." in n]}
+    return Checkpoint(round_number, state, ServerState(tree, arrays), metrics, images, momentum)
 
 
 def _files(folder: Path, round_number: int) -> tuple[Path, Path, Path]:

@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,7 +13,12 @@ from torch.optim import Optimizer
 from fedssl.compute import Backend
 from fedssl.data.views import Augmentation
 from fedssl.methods.base import Method
-from fedssl.training.optimizers import OptimizerSettings, build_optimizers
+from fedssl.training.optimizers import (
+    OptimizerSettings,
+    build_optimizers,
+    read_momentum,
+    set_momentum,
+)
 from fedssl.training.representation import measure_representation
 from fedssl.training.schedule import RoundPlan, cosine
 
@@ -52,11 +57,18 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The mean loss over the steps of a round, in nats, the images used, and the pace."""
+    """What a round gave beside the weights.
+
+    Attributes:
+        loss: mean over the steps, in nats.
+        images: used, each as often as it was.
+        momentum: of the optimizers at the end, where the round was given one.
+    """
 
     loss: float
     images: int
     images_per_second: float
+    momentum: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def cache_on_device(pixels: np.ndarray, device: torch.device) -> Pixels:
@@ -88,6 +100,7 @@ def local_train(
     proximal_mu: float,
     generator: Generator,
     backend: Backend,
+    momentum: Mapping[str, Tensor] | None = None,
 ) -> TrainResult:
     """Train the method in place on the client's images for one round.
 
@@ -99,6 +112,7 @@ def local_train(
         proximal_mu: weight of FedProx's term, mu / 2 * |w - w_global|^2
             (https://arxiv.org/abs/1812.06127); 0 for none.
         generator: on the CPU; decides the order and the views.
+        momentum: that the optimizers begin with, see `zero_momentum`; None or empty for zero.
 
     Raises:
         ValueError: fewer than two images.
@@ -109,6 +123,7 @@ def local_train(
     batch_size = min(settings.batch_size, len(indices))
     steps = settings.steps(len(indices), plan.fraction)
     optimizers = build_optimizers(method, settings.optimizer, backend.dtype)
+    set_momentum(optimizers, method, momentum or {})
     scale = batch_size / settings.batch_size  # of the learning rates
     global_params = _copy_parameters(method) if proximal_mu > 0 else []
     method.train()
@@ -131,7 +146,8 @@ def local_train(
         rates = " or ".join(settings.optimizer.rates)
         raise FloatingPointError(f"the training loss became {mean}; lower {rates}")
     elapsed = time.perf_counter() - began
-    return TrainResult(mean, steps * batch_size, steps * batch_size / elapsed)
+    ended = read_momentum(optimizers, method) if momentum else {}
+    return TrainResult(mean, steps * batch_size, steps * batch_size / elapsed, ended)
 
 
 def _batches(

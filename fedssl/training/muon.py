@@ -78,8 +78,8 @@ class Muon(Optimizer):
     def _move(self, weight: nn.Parameter, grad: Tensor, lr: float, momentum: float) -> None:
         state = self.state[weight]
         if not state:
-            state["velocity"] = torch.zeros_like(weight)
-        velocity = state["velocity"].mul_(momentum).add_(grad)
+            state["momentum_buffer"] = torch.zeros_like(weight)
+        velocity = state["momentum_buffer"].mul_(momentum).add_(grad)
         ahead, taps = (_taps_inside(w) for w in (grad.add(velocity, alpha=momentum), weight))
         # On small maps outer taps only see padding.
         used = torch.linalg.vector_norm(ahead, dim=(0, 3)) > 0

@@ -1,13 +1,19 @@
-"""What moves the weights."""
+"""What moves the weights, and its momentum, which may outlive a round."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedssl.methods.base import Method
 from fedssl.training.muon import Muon
+
+MOMENTUM = "momentum."  # before a parameter's name: its momentum, where that travels
+
+MomentumStart = Literal["zero", "averaged"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,8 @@ class OptimizerSettings:
             smaller batch.
         momentum, weight_decay: of SGD.
         muon_learning_rate, muon_momentum: of Muon, the rate in the same way.
+        momentum_start: what momentum begins a round with: "zero", or "averaged", the mean of
+            what the clients of the round before ended with (https://arxiv.org/abs/2510.27403).
     """
 
     name: str
@@ -29,6 +37,7 @@ class OptimizerSettings:
     weight_decay: float
     muon_learning_rate: float = 0.0
     muon_momentum: float = 0.0
+    momentum_start: MomentumStart = "zero"
 
     @property
     def rates(self) -> list[str]:
@@ -57,3 +66,44 @@ def build_optimizers(
     if muon:
         optimizers.append(Muon(muon, settings.muon_learning_rate, settings.muon_momentum, dtype))
     return optimizers
+
+
+def zero_momentum(method: Method, settings: OptimizerSettings) -> dict[str, Tensor]:
+    """Give the momentum that a run begins with, where it travels: zeros like each parameter.
+
+    Returns:
+        By `momentum.NAME` of the parameter, on the CPU; nothing where each round begins anew.
+    """
+    if settings.momentum_start == "zero":
+        return {}
+    weights = method.named_parameters()
+    return {f"{MOMENTUM}{name}": torch.zeros(weight.shape) for name, weight in weights}
+
+
+def split_momentum(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Split what travels into the model's state and the momentum, by their names."""
+    momentum = {name: value for name, value in state.items() if name.startswith(MOMENTUM)}
+    return {name: state[name] for name in state if name not in momentum}, momentum
+
+
+def set_momentum(
+    optimizers: Sequence[Optimizer], method: Method, momentum: Mapping[str, Tensor]
+) -> None:
+    """Let new optimizers begin with a momentum, as `zero_momentum` names it; empty for none."""
+    for name, weight in method.named_parameters() if momentum else ():
+        kept = torch.empty_like(weight).copy_(momentum[f"{MOMENTUM}{name}"])
+        _owner(optimizers, weight).state[weight]["momentum_buffer"] = kept
+
+
+def read_momentum(optimizers: Sequence[Optimizer], method: Method) -> dict[str, Tensor]:
+    """Copy the momentum of all parameters; zeros where an optimizer has none."""
+    found = {}
+    for name, weight in method.named_parameters():
+        kept = _owner(optimizers, weight).state[weight].get("momentum_buffer")
+        found[f"{MOMENTUM}{name}"] = torch.zeros_like(weight) if kept is None else kept.clone()
+    return found
+
+
+def _owner(optimizers: Sequence[Optimizer], weight: nn.Parameter) -> Optimizer:
+    """Find the optimizer that moves a parameter."""
+    return next(o for o in optimizers if any(weight is w for w in o.param_groups[0]["params"]))

@@ -5,7 +5,8 @@ import torch
 from evaluation.small import BACKEND, make_encoder
 from PIL import Image
 
-from fedssl.evaluation.features import extract_features, shrink
+from fedssl.data.views import shrink
+from fedssl.evaluation.features import extract_features
 
 
 def test_features_come_from_eval_mode_and_leave_no_trace(digits):

@@ -168,6 +168,80 @@ def test_the_order_of_replies_does_not_change_a_byte(federate):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+def test_recomputed_statistics_are_those_of_the_averaged_weights(federate):
+    plain, (before,), _ = federate("num_rounds=1")
+    fresh, (after,), grid = federate("num_rounds=1", "train.statistics=recomputed")
+    assert [kind for kind, _ in grid.asked].count("query.statistics") == 3
+    old, new = plain.method.state_dict(), fresh.method.state_dict()
+    differ = {name for name in old if not torch.equal(old[name], new[name])}
+    assert differ == {name for name in old if "running_" in name}  # no weight
+    assert after.train_loss == before.train_loss
+    assert after.eval_loss != before.eval_loss
+    assert after.bytes_moved > before.bytes_moved
+
+
+def test_a_client_that_measures_nothing_is_named_and_the_round_goes_on(federate, monkeypatch):
+    import client
+
+    def fail(who, state, message, context, answer=client.statistics_reply):
+        if who.partition == 1:
+            return Message(Error(2, "<class 'X'>:<'partition 1: nothing'>"), reply_to=message)
+        return answer(who, state, message, context)
+
+    monkeypatch.setattr(client, "statistics_reply", fail)
+    _, (row,), _ = federate("num_rounds=1", "train.statistics=recomputed")
+    assert row.failures == (Failure(1, "statistics: nothing"),)
+    assert [c.partition for c in row.clients if c.eval_loss is not None] == [0, 1, 2]
+
+
+AVERAGED = ("optimizer=muon", "optimizer.momentum_start=averaged", "train.max_steps=2")
+
+
+def test_momentum_is_averaged_and_handed_back(federate):
+    ended = []
+
+    def note(partition, reply):
+        ended.append(read_state(reply.content))
+        return reply
+
+    federation, rows, _ = federate(*AVERAGED, "num_rounds=1", tamper=note)
+    name = "momentum.encoder.layer1.0.conv1.weight"
+    mean = torch.stack([state[name] for state in ended]).mean(dim=0)
+    torch.testing.assert_close(federation.momentum[name], mean)
+    assert float(mean.norm()) > 0
+    kept = {f"momentum.{name}" for name, _ in federation.method.named_parameters()}
+    assert federation.momentum.keys() == kept
+    assert all("momentum" not in name for name in federation.method.state_dict())
+    _, (zero,), _ = federate("optimizer=muon", "train.max_steps=2", "num_rounds=1")
+    assert rows[0].train_loss == zero.train_loss  # momentum begins as zero
+    assert rows[0].bytes_moved == pytest.approx(zero.bytes_moved * 15 / 9, rel=0.02)
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedavgm"])
+def test_a_run_with_momentum_resumes_with_the_same_bytes(federate, strategy):
+    overrides = [*AVERAGED, f"strategy={strategy}", "train.statistics=recomputed"]
+    federation, rows, _ = federate(*overrides)
+    first, second = list_checkpoints(federation.run.checkpoints)
+    rest, later, _ = federate(*overrides, checkpoint=load_checkpoint(first))
+    assert rest.run.last_checkpoint().read_bytes() == second.read_bytes()
+    assert later[0].train_loss == rows[1].train_loss
+    for name, value in federation.momentum.items():
+        assert torch.equal(value, rest.momentum[name])
+    _, fresh, _ = federate(*overrides, "optimizer.momentum_start=zero")
+    assert fresh[1].train_loss != rows[1].train_loss
+
+
+def test_hostile_momentum_is_left_out_and_named(federate):
+    def tamper(partition, reply):
+        if partition == 1:
+            momentum = "momentum.encoder.conv1.weight"
+            change(reply, lambda s: s[momentum].add_(1e6))
+        return reply
+
+    _, rows, _ = federate(*AVERAGED, tamper=tamper)
+    assert all("its momentum moved by" in row.failures[0].reason for row in rows)
+
+
 @pytest.mark.slow
 def test_clients_train_as_long_as_the_round_is(federate):
     images = []

@@ -1,0 +1,118 @@
+"""BatchNorm's statistics of a round, pooled from what the clients measured."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from torch import Tensor
+
+from fedssl.federation.guards import check_num_examples, read_metrics
+from fedssl.federation.messages import BUFFERS, METRICS, pack_tensors, unpack_tensors
+from fedssl.federation.nodes import Answer
+from fedssl.methods.base import Method
+from fedssl.runs.metrics import Failure
+from fedssl.training.statistics import (
+    MEAN,
+    SQUARE,
+    VIEWS,
+    WHOLE,
+    Moments,
+    norm_layers,
+    pool_moments,
+)
+
+ACTION = "statistics"
+STATISTICS = f"query.{ACTION}"  # type of the message that asks for them
+ROUNDING = 1e-3  # share of the mean square by which it may lie below the mean's square
+
+
+def statistics_request(request: Message) -> Message:
+    """Make of a message of evaluation one that asks for moments instead."""
+    return Message(request.content, request.metadata.dst_node_id, STATISTICS)
+
+
+def pool_statistics(
+    answers: Iterable[Answer], partition_of: Mapping[int, int], method: Method
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Failure]]:
+    """Check what clients answered and pool it, each with the weight of its images.
+
+    Returns:
+        Arrays of the method's state for views and, of its encoder alone, for whole images,
+        both empty where nobody gave any; and the failures.
+    """
+    told: list[Moments] = []
+    weights: list[float] = []
+    failures: list[Failure] = []
+    for answer in answers:
+        partition = partition_of[answer.node]
+        try:
+            if answer.reply is None:
+                raise ValueError(answer.failure)
+            moments, weight = read_moments(answer.reply.content, method)
+            told.append(moments)
+            weights.append(weight)
+        except ValueError as error:
+            reason = str(error).removeprefix(f"partition {partition}: ")
+            failures.append(Failure(partition, f"statistics: {reason}"))
+    pooled = pool_moments(told, weights) if told else {}
+    views, whole = (
+        {name.removeprefix(kind): value for name, value in pooled.items() if name.startswith(kind)}
+        for kind in (VIEWS, WHOLE)
+    )
+    return views, whole, failures
+
+
+def write_moments(moments: Moments) -> dict[str, ConfigRecord]:
+    """Put moments into the records of a reply."""
+    return {BUFFERS: ConfigRecord({BUFFERS: pack_tensors(moments)})}
+
+
+def read_moments(content: RecordDict, method: Method) -> tuple[Moments, float]:
+    """Read a client's moments and its number of images.
+
+    Raises:
+        ValueError: what is wrong with them.
+    """
+    metrics = content.get(METRICS)
+    if not isinstance(metrics, MetricRecord):
+        raise ValueError("the reply holds no metrics")
+    weight = check_num_examples(read_metrics(content, ["num-examples"])["num-examples"])
+    record = content.get(BUFFERS)
+    data = record.get(BUFFERS) if isinstance(record, ConfigRecord) else None
+    if not isinstance(data, bytes):
+        raise ValueError("the reply holds no moments")
+    moments = unpack_tensors(data)
+    check_moments(moments, expected_moments(method))
+    return moments, weight
+
+
+def expected_moments(method: Method) -> dict[str, int]:
+    """Give the channels of each array that a client tells."""
+    layers = norm_layers(method)
+    names = [f"{VIEWS}{name}" for name in layers]
+    names += [f"{WHOLE}{name}" for name in layers if name.startswith("encoder.")]
+    return {
+        f"{name}{kind}": layers[name.partition(".")[2]].num_features
+        for name in names
+        for kind in (MEAN, SQUARE)
+    }
+
+
+def check_moments(moments: Moments, expected: Mapping[str, int]) -> None:
+    """Compare moments with the layers of the model.
+
+    Raises:
+        ValueError: names or shapes differ, values are not finite, or no numbers have these.
+    """
+    if odd := sorted(moments.keys() ^ expected.keys()):
+        raise ValueError(f"array {odd[0]!r} is {'missing' if odd[0] in expected else 'unknown'}")
+    for name, value in moments.items():
+        if value.shape != (expected[name],) or value.dtype != torch.float32:
+            raise ValueError(f"array {name!r} is {value.dtype} {tuple(value.shape)}")
+        if not torch.isfinite(value).all():
+            raise ValueError(f"array {name!r} is not finite")
+    for name in [name for name in moments if name.endswith(SQUARE)]:
+        mean = moments[f"{name.removesuffix(SQUARE)}{MEAN}"].double()
+        square = moments[name].double()
+        if (mean.square() > square + ROUNDING * square.abs() + ROUNDING**2).any():
+            raise ValueError(f"array {name!r} is less than the square of the mean")
