@@ -24,10 +24,9 @@ from omegaconf import DictConfig
 from client import make_client_app, simulated
 from fedssl.compute import choose_backend
 from fedssl.config.command_line import run_entry
-from fedssl.data.cache import name_some
 from fedssl.data.image_set import ImageSet
 from fedssl.data.partitions import split_held_out
-from fedssl.errors import WARNING, UserError
+from fedssl.errors import WARNING, UserError, name_some
 from fedssl.evaluation.base import check_evaluable
 from fedssl.federation.resources import ClientResources
 from fedssl.federation.simulation import simulate

@@ -24,7 +24,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fedssl.compute import choose_backend
 from fedssl.config.command_line import HYDRA_OPTIONS, run_entry
-from fedssl.data.cache import name_some
 from fedssl.data.decoding import decode, decode_batches
 from fedssl.data.sources.folder import (
     ENDINGS,
@@ -36,7 +35,7 @@ from fedssl.data.sources.folder import (
     list_images,
     show_path,
 )
-from fedssl.errors import UserError
+from fedssl.errors import UserError, name_some
 from fedssl.evaluation.features import extract_features
 from fedssl.files import check_replaceable, replacing
 from fedssl.reporting.figures import draw_neighbours

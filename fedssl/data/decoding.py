@@ -110,7 +110,10 @@ def read_image(data: bytes | Path | np.ndarray, image_size: int) -> Decoded | No
 
 def _open(data: bytes | Path | np.ndarray) -> Image.Image:
     if isinstance(data, np.ndarray):
-        return Image.fromarray(data)
+        numbers, scale = (data, None) if data.dtype == np.uint8 else scale_numbers(data)
+        image = Image.fromarray(numbers)
+        image.info["assumed"] = scale
+        return image
     if isinstance(data, Path):
         if not stat.S_ISREG(data.stat().st_mode):  # a pipe would never end
             raise OSError(f"{data} is no file")
@@ -166,7 +169,7 @@ def _plain_png(content: bytes) -> bytes:
 def _read_numbers(image: Image.Image) -> Numbers:
     """Read what a file says of its numbers."""
     if image.format == "PPM":
-        *_, arguments = image.tile[0]
+        *_, arguments = vars(image)["tile"][0]
         largest = arguments[1] if isinstance(arguments, tuple) else WHOLE_RANGE
         if image.mode == "I" and largest != WHOLE_RANGE:
             return Numbers(depth=16)  # Pillow has scaled them by the largest
