@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from fedssl.compute import choose_device
 from fedssl.config.command_line import run_entry
 from fedssl.data.image_set import ImageSet
+from fedssl.errors import WARNING
 from fedssl.evaluation.base import check_evaluable
 from fedssl.reporting.console import Waiting, make_report, print_results
 from fedssl.runs.checkpoints import load_checkpoint
@@ -55,7 +56,13 @@ def prepare(settings: DictConfig) -> tuple[RunDirectory, DictConfig, ImageSet, P
     follow_run(settings, config)
     choose_images(config, settings)
     load_trained(config, checkpoint, choose_device())
-    image_set = open_images(config, report=make_report(settings.quiet))
+    report = make_report(settings.quiet)
+    image_set = open_images(config, report)
+    if "dataset" not in settings and load_checkpoint(checkpoint).images not in (
+        None,
+        image_set.content,
+    ):
+        report(f"{WARNING}the images differ from those that the run was trained on")
     check_evaluable(image_set, settings.label_fraction, config.seed)
     return run, config, image_set, checkpoint
 

@@ -192,7 +192,7 @@ def _write_labels(built: Path, splits: Splits, kept: Kept) -> list[str]:
         if (labels != NO_LABEL).any():
             numbers = np.searchsorted(classes, labels)
             np.save(built / f"{name}.labels.npy", np.where(labels == NO_LABEL, NO_LABEL, numbers))
-    return [names[number] for number in classes]
+    return [printable(names[number]) for number in classes]
 
 
 def _sync(file: Path) -> str:
