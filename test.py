@@ -26,7 +26,7 @@ from fedssl.evaluation.base import check_evaluable
 from fedssl.reporting.console import Waiting, make_report, print_results
 from fedssl.runs.checkpoints import load_checkpoint
 from fedssl.runs.directory import RunDirectory
-from utils import evaluate_run, load_trained, open_images
+from utils import evaluate_run, load_trained, name_of_images, open_images
 
 
 def find_checkpoint(settings: DictConfig) -> tuple[RunDirectory, Path]:
@@ -56,13 +56,7 @@ def prepare(settings: DictConfig) -> tuple[RunDirectory, DictConfig, ImageSet, P
     follow_run(settings, config)
     choose_images(config, settings)
     load_trained(config, checkpoint, choose_device())
-    report = make_report(settings.quiet)
-    image_set = open_images(config, report)
-    if "dataset" not in settings and load_checkpoint(checkpoint).images not in (
-        None,
-        image_set.content,
-    ):
-        report(f"{WARNING}the images differ from those that the run was trained on")
+    image_set = open_images(config, report=make_report(settings.quiet))
     check_evaluable(image_set, settings.label_fraction, config.seed)
     return run, config, image_set, checkpoint
 
@@ -70,8 +64,12 @@ def prepare(settings: DictConfig) -> tuple[RunDirectory, DictConfig, ImageSet, P
 def evaluate(settings: DictConfig) -> None:
     """Evaluate a run as the command line asks; print and record the result."""
     run, config, image_set, checkpoint = prepare(settings)
+    trained_on = load_checkpoint(checkpoint).images
+    if "dataset" not in settings and trained_on not in (None, image_set.content):
+        words = "the images differ from those that the run was trained on"
+        make_report(settings.quiet)(f"{WARNING}{words}")
     if not settings.quiet:
-        print(f"Evaluating {checkpoint} on {config.dataset.name}\n")
+        print(f"Evaluating {checkpoint} on {name_of_images(config.dataset)}\n")
     with Waiting("evaluation", settings.quiet):
         result = evaluate_run(run, config, settings, image_set, checkpoint)
     print_results(result.to_json())

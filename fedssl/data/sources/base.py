@@ -13,6 +13,7 @@ import numpy as np
 from fedssl.errors import UserError
 
 NO_LABEL = -1  # among labels: of an image that has none, which nothing is scored by
+NAMELESS = "local"
 SEEN, CLOSED = "links to folders that are there already", "folders that can't be read"
 FOLDERS = (SEEN, CLOSED)
 SYSTEM_NAMES = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin"}
@@ -86,7 +87,7 @@ class Source(ABC):
     @property
     def title(self) -> str:
         """The name, or "local" for a nameless folder."""
-        return self.name or "local"
+        return self.name or NAMELESS
 
     @property
     def root(self) -> Path | None:

@@ -77,7 +77,7 @@ class HubSource(Source):
         Raises:
             UserError: neither is given, or the folder is missing, empty or none.
         """
-        if not self.path and not self.name:
+        if not self.path and not (self.hub_name or self.name):
             raise SettingError("dataset=hub needs a name: add dataset.name=OWNER/NAME")
         super().check()
 
