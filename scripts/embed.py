@@ -11,6 +11,7 @@ if __name__ == "__main__":
     answer("embed")  # before the imports below, which take seconds
 
 
+import os
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -70,7 +71,7 @@ def prepare(settings: DictConfig) -> tuple[TrainedEncoder, Path, list[Path]]:
         raise UserError(
             "no folder given; add the one with the images: python -m scripts.embed FOLDER"
         )
-    root = Path(settings.folder).expanduser()
+    root = Path(os.path.expanduser(settings.folder))  # which leaves a user's that is not there
     if not root.is_dir():
         raise UserError(f"folder={settings.folder}: no such folder; check the path")
     for key in ("out", "neighbours"):

@@ -26,7 +26,7 @@ PATHS = {
     *("dataset.path", "path", "folder", "run", "out", "output_dir", "run_dir", "cache_dir"),
     *("checkpoint", "encoder", "neighbours", "nodes_file"),
 }
-NO_TEXT = re.compile(r"[+-]?(?:[\d_.]+(?:e[+-]?\d+)?|inf|nan)|true|false", re.IGNORECASE)
+WHOLE_NUMBER = re.compile(r"[+-]?[\d_]+")
 # What Hydra's `instantiate` reads, https://hydra.cc/docs/advanced/instantiate_objects/overview
 SPECIAL = re.compile(r"(?<!\w)_(?:target|partial|args|recursive|convert)_(?!\w)")
 OPTION = re.compile(r"(?:[\w-][\w.-]*(?:/[\w-][\w.-]*)*)?")  # a file below a group's folder
@@ -57,10 +57,12 @@ def load_config(name: str, overrides: Sequence[str], federated: bool = False) ->
 
 
 def quote_paths(overrides: Sequence[str]) -> list[str]:
-    """Quote the name of a folder or file that Hydra takes for a number, as `2021_05` or `1e5`."""
+    """Quote the name of a folder or file that Hydra takes for a number, as `2021_05`."""
     split = [override.partition("=") for override in overrides]
     return [
-        f"{key}='{value}'" if key in PATHS and NO_TEXT.fullmatch(value) else f"{key}{equals}{value}"
+        f"{key}='{value}'"
+        if key in PATHS and WHOLE_NUMBER.fullmatch(value)
+        else f"{key}{equals}{value}"
         for key, equals, value in split
     ]
 
