@@ -15,11 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from fedssl.compute import Backend, choose_backend, release_memory, share_cores
-from fedssl.data.cache import name_some
 from fedssl.data.image_set import ImageSet
 from fedssl.data.partitions import split_held_out
 from fedssl.data.views import Augmentation
-from fedssl.errors import UserError
+from fedssl.errors import UserError, name_some
 from fedssl.federation.messages import (
     ARRAYS,
     CONFIG,

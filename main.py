@@ -24,10 +24,10 @@ from omegaconf import DictConfig
 from client import make_client_app, simulated
 from fedssl.compute import choose_backend
 from fedssl.config.command_line import run_entry
-from fedssl.data.cache import name_some
 from fedssl.data.image_set import ImageSet
 from fedssl.data.partitions import split_held_out
-from fedssl.errors import WARNING, UserError
+from fedssl.data.sources.base import absolute
+from fedssl.errors import WARNING, UserError, name_some
 from fedssl.evaluation.base import check_evaluable
 from fedssl.federation.resources import ClientResources
 from fedssl.federation.simulation import simulate
@@ -49,6 +49,7 @@ from utils import (
     continuation_of,
     evaluate_run,
     name_of,
+    name_of_images,
     open_images,
     open_partitions,
     open_run,
@@ -134,7 +135,7 @@ def describe(
     dealt = sum(map(len, open_partitions(config, image_set)))
     images = f"{count:,}" if dealt == count else f"{dealt:,} of {count:,}"
     return {
-        "data": f"{config.dataset.name}, {images} images of {side} x {side} pixels, "
+        "data": f"{name_of_images(config.dataset)}, {images} images of {side} x {side} pixels, "
         f"dealt out by {name_of(config.partition)}" + "".join(f",\n{n}" for n in image_set.notes),
         "model": f"{config.model.encoder}, {stem} stem, {weights / 1e6:.1f} M weights",
         "running": f"{resources},\n{choose_backend(config.precision, resources.num_gpus)}",
@@ -153,7 +154,7 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
     report = make_report(config.quiet)
     config.num_cpus, config.num_gpus = resources.num_cpus, resources.num_gpus
     if config.dataset.path:  # the clients' processes may work elsewhere
-        config.dataset.path = str(Path(config.dataset.path).expanduser().resolve())
+        config.dataset.path = str(absolute(config.dataset.path))
     its, checkpoint = open_run(config, directory, image_set, overrides, report)
     if image_set.unreadable:
         names = name_some(image_set.unreadable)
@@ -182,7 +183,8 @@ def evaluate(config: DictConfig, image_set: ImageSet, run: RunDirectory) -> None
             result = evaluate_run(run, config, config.eval, image_set, run.last_checkpoint())
         print_results(result.to_json())
     else:
-        print("No labels, so no linear evaluation. With a folder of labelled images:")
+        there_is = "One class alone" if image_set.has_labels else "No labels"
+        print(f"{there_is}, so no linear evaluation. With a folder of labelled images:")
         print("  python test.py dataset=imagefolder dataset.path=FOLDER label_fraction=1")
 
 

@@ -21,11 +21,12 @@ from omegaconf import DictConfig
 from fedssl.compute import choose_device
 from fedssl.config.command_line import run_entry
 from fedssl.data.image_set import ImageSet
+from fedssl.errors import WARNING
 from fedssl.evaluation.base import check_evaluable
 from fedssl.reporting.console import Waiting, make_report, print_results
 from fedssl.runs.checkpoints import load_checkpoint
 from fedssl.runs.directory import RunDirectory
-from utils import evaluate_run, load_trained, open_images
+from utils import evaluate_run, load_trained, name_of_images, open_images
 
 
 def find_checkpoint(settings: DictConfig) -> tuple[RunDirectory, Path]:
@@ -63,8 +64,12 @@ def prepare(settings: DictConfig) -> tuple[RunDirectory, DictConfig, ImageSet, P
 def evaluate(settings: DictConfig) -> None:
     """Evaluate a run as the command line asks; print and record the result."""
     run, config, image_set, checkpoint = prepare(settings)
+    trained_on = load_checkpoint(checkpoint).images
+    if "dataset" not in settings and trained_on not in (None, image_set.content):
+        words = "the images differ from those that the run was trained on"
+        make_report(settings.quiet)(f"{WARNING}{words}")
     if not settings.quiet:
-        print(f"Evaluating {checkpoint} on {config.dataset.name}\n")
+        print(f"Evaluating {checkpoint} on {name_of_images(config.dataset)}\n")
     with Waiting("evaluation", settings.quiet):
         result = evaluate_run(run, config, settings, image_set, checkpoint)
     print_results(result.to_json())

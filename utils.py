@@ -21,7 +21,7 @@ from fedssl.config.roster import read_roster
 from fedssl.data import partitions
 from fedssl.data.cache import Report, open_image_set
 from fedssl.data.image_set import ImageSet
-from fedssl.data.sources.base import Source
+from fedssl.data.sources.base import Source, absolute
 from fedssl.data.sources.folder import own_folder
 from fedssl.data.views import Augmentation, make_augmentation
 from fedssl.errors import SettingError, UserError
@@ -79,10 +79,17 @@ def name_of(section: DictConfig) -> str:
 # --- images --------------------------------------------------------------------
 
 
+def name_of_images(section: DictConfig) -> str:
+    """Name a data set for people and files."""
+    return open_source(section).title
+
+
 def title_of_images(section: DictConfig) -> str:
-    """Name a data set for people; a folder by its own name, too."""
-    path = section.path if name_of(section) == "FolderSource" else None
-    return " ".join(filter(None, [section.name, Path(path).expanduser().name if path else None]))
+    """Name a data set for people; a folder, and what has no name, by the folder's name, too."""
+    has_own = name_of(section) == "FolderSource" or section.name is None
+    path = section.path if has_own else None
+    folder = absolute(path).name if path else None
+    return " ".join(filter(None, [name_of_images(section), folder]))
 
 
 def open_source(section: Mapping[str, Any]) -> Source:
@@ -348,8 +355,8 @@ def run_rounds(
         federation.train(keep, on_progress)
     encoder = federation.method.encoder
     resolution = build_schedule(config).eval_resolution(config.num_rounds)
-    run.save_encoder(encoder, resolution, config.dataset.name, federation.done)
-    title = f"{name_of(config.method)} on {config.dataset.name}"
+    run.save_encoder(encoder, resolution, name_of_images(config.dataset), federation.done)
+    title = f"{name_of(config.method)} on {name_of_images(config.dataset)}"
     draw_loss_graph(run.read_metrics(), run.path / "loss_graph.png", title)
 
 
@@ -464,7 +471,7 @@ def run_facts(config: DictConfig) -> "RunFacts":
     from fedssl.reporting.sections import RunFacts
 
     return RunFacts(
-        dataset=config.dataset.name,
+        dataset=name_of_images(config.dataset),
         method=name_of(config.method),
         encoder=config.model.encoder,
         strategy=name_of(config.strategy),

@@ -1,6 +1,9 @@
 """The one exception that ends a program with a line instead of a traceback, and what warns."""
 
+from collections.abc import Sequence
+
 WARNING = "warning: "  # begins the reported lines that --quiet leaves
+MAX_NAMES = 5  # of files, folders or clients, in messages
 
 
 class UserError(Exception):
@@ -26,4 +29,17 @@ class SettingError(UserError):
 
 
 def _join(text: str) -> str:
-    return " ".join(text.splitlines()).strip()
+    return printable(" ".join(text.splitlines()).strip())
+
+
+def printable(text: str) -> str:
+    """Write what no terminal should get, and what is no text, as in Python's literals."""
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
+
+
+def name_some(names: Sequence[str]) -> str:
+    """Join the first names for a message and say how many more there are."""
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(map(printable, names[:MAX_NAMES])) + more

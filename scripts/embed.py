@@ -11,6 +11,7 @@ if __name__ == "__main__":
     answer("embed")  # before the imports below, which take seconds
 
 
+import os
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -24,7 +25,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fedssl.compute import choose_backend
 from fedssl.config.command_line import HYDRA_OPTIONS, run_entry
-from fedssl.data.cache import name_some
 from fedssl.data.decoding import decode, decode_batches
 from fedssl.data.sources.folder import (
     ENDINGS,
@@ -36,7 +36,7 @@ from fedssl.data.sources.folder import (
     list_images,
     show_path,
 )
-from fedssl.errors import UserError
+from fedssl.errors import UserError, name_some
 from fedssl.evaluation.features import extract_features
 from fedssl.files import check_replaceable, replacing
 from fedssl.reporting.figures import draw_neighbours
@@ -71,7 +71,7 @@ def prepare(settings: DictConfig) -> tuple[TrainedEncoder, Path, list[Path]]:
         raise UserError(
             "no folder given; add the one with the images: python -m scripts.embed FOLDER"
         )
-    root = Path(settings.folder).expanduser()
+    root = Path(os.path.expanduser(settings.folder))  # which leaves a user's that is not there
     if not root.is_dir():
         raise UserError(f"folder={settings.folder}: no such folder; check the path")
     for key in ("out", "neighbours"):

@@ -7,9 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torchvision
@@ -217,6 +220,44 @@ def test_memory_does_not_grow_over_rounds(tmp_path, cache_dir):
     early, late = after_round[3], after_round[max(k for k in after_round if k < 10)]
     assert early > 0
     assert late < early * 1.05, after_round
+
+
+def test_a_nameless_table_of_one_class_goes_the_whole_way(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (20, 9, 9)).tolist()
+    (tmp_path / "table").mkdir()
+    rows = pa.table({"image": images, "label": [3] * 20})
+    pq.write_table(rows, tmp_path / "table" / "train.parquet")
+    given = ["dataset=hub", f"dataset.path={tmp_path}/table", "dataset.test_split=null", FAST]
+    places = [f"output_dir={tmp_path}/outputs", f"cache_dir={tmp_path}/cache"]
+    size = ["dataset.image_size=8", "--num_rounds=1", "train.max_steps=1", "train.batch_size=4"]
+    done = start("main.py", *SMALL, *given, *places, *size)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "local, 16 images of 8 x 8 pixels" in done.stdout
+    assert "One class alone, so no linear evaluation." in done.stdout
+    assert done.stderr == ""
+    run = tmp_path / "outputs" / "latest"
+    with safe_open(run / "encoder.safetensors", "pt") as file:
+        assert file.metadata()["dataset"] == "local"
+    again = start("test.py", f"run={run}", "label_fraction=0.5", f"cache_dir={tmp_path}/cache")
+    assert (again.returncode, again.stderr.count("\n")) == (2, 1)
+    assert "all of one class" in again.stderr
+
+
+def test_test_py_says_when_the_images_are_no_longer_those_of_the_training(finished, cache_dir):
+    output, _ = finished
+    run, file = output / "latest", f"{output}/latest/config.yaml"
+    config = Path(file).read_text()
+    quick = [f"run={run}", "epochs=1", "seeds=1", f"cache_dir={cache_dir}", "baselines=false"]
+    before = start("test.py", *quick)
+    try:
+        Path(file).write_text(config.replace("seed: 0", "seed: 7", 1))  # another test split
+        after = start("test.py", *quick)
+    finally:
+        Path(file).write_text(config)
+    assert (before.returncode, after.returncode) == (0, 0), after.stderr
+    words = "warning: the images differ from those that the run was trained on"
+    assert words not in before.stdout + before.stderr
+    assert (after.stdout + after.stderr).count(words) == 1
 
 
 # --- bad input ----------------------------------------------------------------

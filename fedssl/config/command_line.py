@@ -14,7 +14,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from fedssl.config.compose import CONF, evaluation_overrides, load_config, take_paths_as_text
+from fedssl.config.compose import (
+    CONF,
+    evaluation_overrides,
+    load_config,
+    quote_paths,
+    take_paths_as_text,
+)
 from fedssl.config.moved import modernize_overrides
 from fedssl.errors import UserError
 from fedssl.terminal import print_line
@@ -108,7 +114,7 @@ def read_arguments(name: str, arguments: Sequence[str], complete: Complete = lis
     if "quiet=true" not in overrides:
         for notice in notices:
             print(notice, file=sys.stderr)
-    return complete(overrides)
+    return complete(quote_paths(overrides))
 
 
 def run_entry(

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
-from hydra.errors import MissingConfigException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
 from fedssl.config.checks import check_settings, flatten_mapping, unknown_key
@@ -21,7 +22,11 @@ from fedssl.env import ROOT
 from fedssl.errors import SettingError, UserError
 
 CONF = ROOT / "conf"
-PATHS = ("dataset.path", "path", "folder", "run", "out", "output_dir", "run_dir", "cache_dir")
+PATHS = {
+    *("dataset.path", "path", "folder", "run", "out", "output_dir", "run_dir", "cache_dir"),
+    *("checkpoint", "encoder", "neighbours", "nodes_file"),
+}
+WHOLE_NUMBER = re.compile(r"[+-]?[\d_]+")
 # What Hydra's `instantiate` reads, https://hydra.cc/docs/advanced/instantiate_objects/overview
 SPECIAL = re.compile(r"(?<!\w)_(?:target|partial|args|recursive|convert)_(?!\w)")
 OPTION = re.compile(r"(?:[\w-][\w.-]*(?:/[\w-][\w.-]*)*)?")  # a file below a group's folder
@@ -41,7 +46,7 @@ def load_config(name: str, overrides: Sequence[str], federated: bool = False) ->
         UserError: an unknown group, option or key (with the nearest known one), a
             value of the wrong type or out of range, or as `check_overrides`.
     """
-    given, _ = modernize_overrides(overrides)
+    given, _ = modernize_overrides(quote_paths(overrides))
     check_overrides(given, federated)
     if name == "test":
         given = evaluation_overrides(given)
@@ -49,6 +54,17 @@ def load_config(name: str, overrides: Sequence[str], federated: bool = False) ->
         config = take_paths_as_text(_compose(name, given))
     check_settings(name, to_mapping(config))
     return config
+
+
+def quote_paths(overrides: Sequence[str]) -> list[str]:
+    """Quote the name of a folder or file that Hydra takes for a number, as `2021_05`."""
+    split = [override.partition("=") for override in overrides]
+    return [
+        f"{key}='{value}'"
+        if key in PATHS and WHOLE_NUMBER.fullmatch(value)
+        else f"{key}{equals}{value}"
+        for key, equals, value in split
+    ]
 
 
 def take_paths_as_text(config: DictConfig) -> DictConfig:
@@ -167,12 +183,26 @@ def _known(name: str, given: Sequence[str]) -> Mapping[str, Any]:
     return {}
 
 
+def _can_be_parsed(override: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        return False
+    return True
+
+
 def _explain(name: str, message: str, given: Sequence[str]) -> UserError:
     """Say in one line why Hydra refused an override; its own words may hold paths."""
     unknown = re.search(r"Could not (?:override|find) '([^']+)'", message)
     if unknown:
         return SettingError(unknown_key(unknown[1], _known(name, given)))
-    culprit = next((override for override in given if override in message), "")
+    named = next((override for override in given if override in message), "")
+    culprit = named or next((override for override in given if not _can_be_parsed(override)), "")
+    if "Ambiguous value" in message:
+        return SettingError(
+            f"{culprit}: several values; quote what is one, as in 'dataset.path=\"a,b\"', or add "
+            "--multirun"
+        )
     reason = message.strip().splitlines()[0] if message.strip() else "not understood"
     if any(word in message for word in ("pars", "mismatched input", "Lexer")):
         return SettingError(

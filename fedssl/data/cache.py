@@ -17,13 +17,12 @@ import numpy as np
 
 from fedssl.data.decoding import decode_batches
 from fedssl.data.image_set import Images, ImageSet
-from fedssl.data.sources.base import NO_LABEL, Encoded, Source, Splits
-from fedssl.errors import WARNING, UserError
+from fedssl.data.sources.base import NO_LABEL, Encoded, Kept, Source, Splits
+from fedssl.errors import WARNING, UserError, name_some, printable
 from fedssl.files import sync_folder, write_atomically
 
-CACHE_FORMAT = 4
+CACHE_FORMAT = 5
 DECODE_BATCH = 1024
-MAX_NAMES = 5  # of unreadable files, in messages
 
 Report = Callable[[str], None]
 
@@ -147,7 +146,7 @@ def _write_entry(built: Path, splits: Splits, image_size: int, place: str) -> No
     unreadable: list[str] = []
     assumed: Counter[str] = Counter()
     sizes = {}
-    largest = -1
+    kept_labels: dict[str, np.ndarray | None] = {}
     for name, split in splits.splits.items():
         pixels = built / f"{name}.pixels"
         kept = _write_pixels(pixels, split.read(), image_size, unreadable, assumed)
@@ -158,21 +157,42 @@ def _write_entry(built: Path, splits: Splits, image_size: int, place: str) -> No
                 public=f"none of its {split.count} {name} images can be read",
             )
         sizes[name] = len(kept)
-        labels = None if split.labels is None else split.labels[kept]
-        if labels is not None and (labels != NO_LABEL).any():
-            np.save(built / f"{name}.labels.npy", labels)
-            largest = max(largest, int(labels.max()))
+        kept_labels[name] = None if split.labels is None else split.labels[kept]
+    classes = _write_labels(built, splits, kept_labels)
     meta = {
         "sizes": sizes,
         "image_size": image_size,
-        "class_names": splits.class_names or [str(label) for label in range(largest + 1)],
-        "notes": splits.notes,
+        "class_names": classes,
+        "notes": [
+            printable(note if isinstance(note, str) else note(kept_labels)) for note in splits.notes
+        ],
         "unreadable": unreadable,
         "assumed": dict(assumed),
         "files": {file.name: _sync(file) for file in sorted(built.iterdir())},
     }
     text = json.dumps(meta | {"sha256": _digest_of(meta)})
     write_atomically(built / "meta.json", text.encode())
+
+
+def _write_labels(built: Path, splits: Splits, kept: Kept) -> list[str]:
+    """Write the labels of each split that has any; name their classes.
+
+    A class of which no image can be read is none; the others are numbered anew.
+
+    Args:
+        kept: of the images that can be read, int64 (N,) from 0 on or NO_LABEL.
+    """
+    known = {name: labels for name, labels in kept.items() if labels is not None}
+    found = set(chain.from_iterable(labels.tolist() for labels in known.values())) - {NO_LABEL}
+    given = [split.labels for split in splits.splits.values() if split.labels is not None]
+    lost = set(chain.from_iterable(labels.tolist() for labels in given)) - found
+    names = splits.class_names or [str(number) for number in range(max(found, default=-1) + 1)]
+    classes = [number for number in range(len(names)) if number not in lost]
+    for name, labels in known.items():
+        if (labels != NO_LABEL).any():
+            numbers = np.searchsorted(classes, labels)
+            np.save(built / f"{name}.labels.npy", np.where(labels == NO_LABEL, NO_LABEL, numbers))
+    return [printable(names[number]) for number in classes]
 
 
 def _sync(file: Path) -> str:
@@ -220,12 +240,6 @@ def _write_pixels(
                 assumed.update(decoded.assumed)
                 kept.append(row)
     return kept
-
-
-def name_some(names: list[str]) -> str:
-    """Join the first names for a message and say how many more there are."""
-    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    return ", ".join(names[:MAX_NAMES]) + more
 
 
 def _open_cache(entry: Path, name: str) -> ImageSet:

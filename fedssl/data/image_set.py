@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedssl.data.sources.base import NO_LABEL
+
 
 @dataclass(frozen=True)
 class Images:
@@ -43,7 +45,13 @@ class ImageSet:
     fresh: bool = False
 
     @property
-    def labelled(self) -> bool:
-        """Whether an evaluation has labels to train on and labelled images to score."""
+    def has_labels(self) -> bool:
+        """Whether there are labels, for training and test."""
         test_labels = self.test.labels if self.test else None
         return self.train.labels is not None and test_labels is not None
+
+    @property
+    def labelled(self) -> bool:
+        """Whether an evaluation has classes to tell apart and labelled images to score."""
+        labels = self.train.labels
+        return self.has_labels and labels is not None and len(set(labels.tolist()) - {NO_LABEL}) > 1

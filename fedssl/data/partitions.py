@@ -146,11 +146,12 @@ def class_groups(labels: np.ndarray, classes_per_client: int, seed: int) -> np.n
     Raises:
         UserError: more classes per client than there are.
     """
-    classes = np.unique(labels)
-    if not 1 <= classes_per_client <= len(classes):
+    classes = np.unique(labels)  # images without a label are dealt out like those of a class
+    known = np.count_nonzero(classes != NO_LABEL)
+    if not 1 <= classes_per_client <= known:
         raise SettingError(
             f"partition.classes_per_client={classes_per_client}: must be from 1 to "
-            f"{len(classes)}, the number of classes"
+            f"{known}, the number of classes"
         )
     order = np.random.default_rng(derive_seed(seed, "class groups")).permutation(len(classes))
     return order[np.searchsorted(classes, labels)] // classes_per_client

@@ -1,6 +1,7 @@
 """Checks of what the two commands are given, before anything starts."""
 
 import ast
+import os
 import shlex
 import socket
 import ssl
@@ -103,12 +104,21 @@ def check_node_config(text: str) -> dict[str, Any]:
         if key != "data-path" and (type(value) is not int or value < 0):
             raise UserError(f"{flag}: {key}={value}: must be a whole number, at least 0")
     if "data-path" in values:
-        folder = Path(str(values["data-path"])).expanduser().resolve()
-        if not folder.is_dir() or not any(folder.iterdir()):
-            wrong = "is empty" if folder.is_dir() else "is no folder"
-            raise UserError(f"{flag}: data-path={folder}: {wrong}; give a folder of images")
-        values["data-path"] = str(folder)
+        values["data-path"] = _check_folder(f"{flag}: data-path", str(values["data-path"]))
     return values
+
+
+def _check_folder(key: str, given: str) -> str:
+    """Make sure that a folder holds something; give its absolute path."""
+    try:
+        folder = Path(os.path.realpath(os.path.expanduser(given)))
+        wrong = "is no folder" if not folder.is_dir() else None
+        wrong = wrong or (None if any(folder.iterdir()) else "is empty")
+    except (OSError, ValueError) as error:  # a name with a NUL, too long, or not ours to read
+        raise UserError(f"{key}={given}: can't be read ({error}); check the path") from error
+    if wrong:
+        raise UserError(f"{key}={folder}: {wrong}; give a folder of images")
+    return str(folder)
 
 
 def _read_pairs(flag: str, text: str, known: Sequence[str]) -> dict[str, Any]:

@@ -194,9 +194,12 @@ def check_evaluable(image_set: ImageSet, label_fraction: float, seed: int) -> No
     """Make sure that there are labels, and enough of them, before any work starts.
 
     Raises:
-        UserError: no labelled test images, or too few training labels.
+        UserError: no labelled test images, too few training labels, or those of one class.
     """
     _require_labels(image_set.test)
+    _require_labels(image_set.train)
+    if not image_set.labelled:
+        raise UserError("these labels are all of one class, so there is nothing to tell apart")
     draw_labelled(_require_labels(image_set.train).labels, label_fraction, seed)
 
 

@@ -11,7 +11,7 @@ from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, HEARTBEAT_PATIENCE
 from flwr.serverapp import Grid
 
 from fedssl.config.roster import Member
-from fedssl.data.cache import name_some
+from fedssl.errors import name_some
 from fedssl.federation.messages import ABSENCES, METRICS, explain
 from fedssl.runs.metrics import NodeEvent
 

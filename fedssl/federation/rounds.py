@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from fedssl.data.cache import name_some
+from fedssl.errors import name_some
 from fedssl.federation.aggregation import ActsOn, aggregate, arrays_for_strategy
 from fedssl.federation.guards import (
     Update,

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fedssl.config.compose import flatten
+from fedssl.data.sources.base import NAMELESS
 from fedssl.errors import UserError
 from fedssl.runs.directory import LATEST, RunDirectory
 from fedssl.runs.resume import HARMLESS, HARMLESS_GROUPS
@@ -69,7 +70,7 @@ def read_scores(run: RunDirectory) -> dict[str, float]:
     their name tells.
     """
     scores = {}
-    trained_on = run.load_config().dataset.name
+    trained_on = run.load_config().dataset.name or NAMELESS
     for result in run.read_results():
         labels = f"{100 * result['protocol']['label_fraction']:g} %"
         dataset = result.get("dataset", trained_on)

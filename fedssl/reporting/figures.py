@@ -1,6 +1,7 @@
 """Pictures of a run: arrays in, a PNG out, each written as a whole."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -245,5 +246,6 @@ def _style(axes: Axes, what: str, over: str = "round") -> None:
 
 def _save(figure: Figure, file: Path) -> None:
     image = BytesIO()
-    figure.savefig(image, dpi=185)
+    with warnings.catch_warnings(action="ignore"):  # of letters that its font lacks
+        figure.savefig(image, dpi=185)
     write_atomically(file, image.getvalue())

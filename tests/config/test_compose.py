@@ -200,6 +200,17 @@ def test_a_wrong_override_gets_one_line_with_the_remedy(override, message):
 def test_a_folder_may_be_called_by_a_number():
     config = load_config("config", ["dataset=imagefolder", "dataset.path=2021", "cache_dir=7"])
     assert (config.dataset.path, config.cache_dir) == ("2021", "7")
+    for path in ("2021_05", "007", "+5"):
+        config = load_config("config", ["dataset=imagefolder", f"dataset.path={path}"])
+        assert config.dataset.path == path
     assert load_config("test", ["run=3"]).run == "3"
     with pytest.raises(UserError, match=r"cache_dir=1\.5: must be text"):
         load_config("config", ["cache_dir=1.5"])
+
+
+def test_the_override_that_hydra_cant_read_is_named():
+    with pytest.raises(UserError, match=r"^cache_dir=a=b: not of the form") as error:
+        load_config("config", ["num_rounds=3", "cache_dir=a=b", "seed=1"])
+    assert "num_rounds" not in str(error.value)
+    with pytest.raises(UserError, match=r"^cache_dir=a,b: several values; quote"):
+        load_config("config", ["num_rounds=3", "cache_dir=a,b"])

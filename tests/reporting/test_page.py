@@ -274,3 +274,11 @@ def test_the_map_shows_the_baseline_and_the_trained_encoder(finished, digits, tm
     picture = picture_map(30, config.seed, encoded, digits.class_names, tmp_path / "map.png")
     assert "40 test images" in picture.caption
     assert "perplexity 13" in picture.caption  # a third of the images at most
+
+
+def test_letters_that_the_font_lacks_print_nothing(tmp_path, recwarn, capfd):
+    counts = np.array([[3, 1], [2, 2]])
+    draw_partitions(counts, ["猫", "\x1b"], tmp_path / "dealt.png")
+    assert (tmp_path / "dealt.png").is_file()
+    assert [str(each.message) for each in recwarn if "Glyph" in str(each.message)] == []
+    assert capfd.readouterr().err == ""

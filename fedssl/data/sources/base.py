@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,6 +13,9 @@ import numpy as np
 from fedssl.errors import UserError
 
 NO_LABEL = -1  # among labels: of an image that has none, which nothing is scored by
+NAMELESS = "local"
+SEEN, CLOSED = "links to folders that are there already", "folders that can't be read"
+FOLDERS = (SEEN, CLOSED)
 SYSTEM_NAMES = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin"}
 
 
@@ -21,7 +25,7 @@ class Encoded:
 
     Attributes:
         name: for messages.
-        data: the bytes of its file, the file, or pixels: uint8 (H, W) or (H, W, 3).
+        data: the bytes of its file, the file, or numbers: (H, W) or (H, W, channels).
     """
 
     name: str
@@ -43,6 +47,10 @@ class Split:
     labels: np.ndarray | None
 
 
+Kept = Mapping[str, np.ndarray | None]  # of each split the labels of the images that can be read
+Note = str | Callable[[Kept], str]
+
+
 @dataclass(frozen=True)
 class Splits:
     """What a source gives.
@@ -50,12 +58,13 @@ class Splits:
     Attributes:
         splits: "train" and perhaps "test".
         class_names: in the order of the labels; empty without labels.
-        notes: what was found and what was left out, for people.
+        notes: what was found and what was left out, for people; numbers of readable images
+            are known once these are decoded.
     """
 
     splits: dict[str, Split]
     class_names: list[str]
-    notes: list[str] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +87,12 @@ class Source(ABC):
     @property
     def title(self) -> str:
         """The name, or "local" for a nameless folder."""
-        return self.name or "local"
+        return self.name or NAMELESS
 
     @property
     def root(self) -> Path | None:
         """The folder of `path`, absolute."""
-        return Path(self.path).expanduser().resolve() if self.path else None
+        return absolute(self.path) if self.path else None
 
     @property
     def place(self) -> str:
@@ -152,34 +161,64 @@ class FoundFile:
 
     Attributes:
         path: begins with the folder.
-        status: None for a link to nothing.
+        status: None where nothing can be found out, as of a link to nothing.
+        problem: why it can't be read, if that is seen from outside.
     """
 
     path: Path
     status: os.stat_result | None
+    problem: str | None = None
+
+
+def absolute(path: str) -> Path:
+    """Give the place that a path leads to; ~ is the home directory.
+
+    A user's home that is not there and a link to itself stay as they are: no such place.
+    """
+    return Path(os.path.realpath(os.path.expanduser(path)))
 
 
 def walk_files(root: Path) -> Iterator[FoundFile]:
     """Find the files below a folder, sorted by folder and name, for all who look into folders.
 
-    Links to folders are followed, each folder is entered once. What the system or a
+    Links to folders are followed, each folder is entered once; one that can't be, or not
+    again, stands among the files with its problem. What the system or a
     program keeps for itself is left out: names that begin with a dot, as of `._x.png` and
     `.ipynb_checkpoints`, and those of `SYSTEM_NAMES`.
     """
     entered: set[tuple[int, int]] = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in entered:
+    closed: list[OSError] = []
+    for folder, folders, names in os.walk(root, onerror=closed.append, followlinks=True):
+        status = _status(Path(folder))
+        if status is None or (status.st_dev, status.st_ino) in entered:
             folders.clear()
+            if not _leads_up(Path(folder)):
+                yield FoundFile(Path(folder), None, SEEN)
             continue
         entered.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not _is_hidden(name))
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
         for name in sorted(names):
-            if not _is_hidden(name):
-                yield FoundFile(Path(folder, name), _status(Path(folder, name)))
+            if not is_hidden(name):
+                yield _look_at(Path(folder, name))
+    for error in closed:
+        yield FoundFile(Path(error.filename), None, CLOSED)
 
 
-def _is_hidden(name: str) -> bool:
+def _leads_up(link: Path) -> bool:
+    """Tell a link to a folder that it lies in, which holds nothing of its own."""
+    return link.parent.resolve().is_relative_to(link.resolve())
+
+
+def _look_at(file: Path) -> FoundFile:
+    status = _status(file)
+    if status is None:
+        return FoundFile(file, None, "links to nothing")
+    is_file = stat.S_ISREG(status.st_mode)
+    return FoundFile(file, status, None if is_file else "pipes and devices")
+
+
+def is_hidden(name: str) -> bool:
+    """Tell what the system or a program keeps for itself by its name."""
     return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
@@ -210,7 +249,7 @@ def split_rows(
     """Split row numbers into "train" and "test", sorted, with the class shares kept.
 
     Args:
-        labels: (count,); rows without one are for training.
+        labels: (count,); rows without one are for training, unless they equal one for the test.
         test_fraction: share of the test rows among the labelled ones; None: all rows are for
             training.
         digests: of the images; equal images stay on one side.
@@ -222,9 +261,9 @@ def split_rows(
         return {"train": np.arange(count)}
     rows = np.flatnonzero(labels != NO_LABEL)
     twins: dict[bytes | int, list[int]] = {}
-    for row in rows.tolist():
+    for row in [*rows.tolist(), *np.flatnonzero(labels == NO_LABEL).tolist()]:
         twins.setdefault(digests[row] if digests else row, []).append(row)
-    equal = {each[0]: each for each in twins.values()}
+    equal = {each[0]: each for each in twins.values() if labels[each[0]] != NO_LABEL}
     test = _draw_test(np.array(list(equal), dtype=np.int64), labels, test_fraction, seed)
     if test is None and digests:  # too few different ones
         equal = {row: [row] for row in rows.tolist()}
@@ -233,7 +272,7 @@ def split_rows(
         told = f"dataset.test_fraction={test_fraction}"
         reason = f"{len(rows)} labelled images can't be split so that every class appears on both"
         raise UserError(
-            f"{told}: the {reason} sides; add images or give a test/ folder",
+            f"{told}: the {reason} sides; add images, give a test split, or set it to null",
             public=f"{told}: its {reason} sides",
         )
     both = np.array([row for first in test.tolist() for row in equal[first]], dtype=np.int64)
@@ -263,3 +302,10 @@ def describe_twins(digests: Sequence[bytes], parts: Mapping[str, np.ndarray]) ->
     if parted := len(train & test):
         return [f"{copies} exact copies, of which {parted} stand on both sides: too few others"]
     return [f"{copies} exact copies stay on the side of their originals"]
+
+
+def tell_kept_for_test(kept: Kept) -> str:
+    """Say how many images the project has drawn for the test."""
+    labels = kept["test"]
+    count = 0 if labels is None else int((labels != NO_LABEL).sum())
+    return f"{count} labelled images are kept for the test"

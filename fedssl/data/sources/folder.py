@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import re
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,16 +12,21 @@ from pathlib import Path
 import numpy as np
 
 from fedssl.data.sources.base import (
+    FOLDERS,
     NO_LABEL,
     Encoded,
+    Kept,
+    Note,
     Source,
     Split,
     Splits,
     describe_twins,
+    is_hidden,
     split_rows,
+    tell_kept_for_test,
     walk_files,
 )
-from fedssl.errors import SettingError, UserError
+from fedssl.errors import SettingError, UserError, name_some
 
 ENDINGS = (
     *(".apng", ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm"),
@@ -27,6 +34,7 @@ ENDINGS = (
 )
 TRAIN, TEST = ("train", "training"), ("test", "testing")
 VALIDATION = ("val", "valid", "validation")
+WHOLE_NAME = "*"  # of a folder that is called like a split and nothing else
 TEST_FRACTION = 0.2  # where the labelled images have to give the test, too
 
 
@@ -36,7 +44,7 @@ class FoundImages:
 
     Attributes:
         files: sorted.
-        left_out: other files by their ending, and links to nothing.
+        left_out: other files by their ending, and what can't be read.
     """
 
     root: Path
@@ -92,34 +100,41 @@ class FolderSource(Source):
             UserError: no image there, or a test folder with other classes.
         """
         root = self._folder()
-        layout = find_layout(root) if self.labels else {}
-        train = find_images(layout.get("train", root))
+        layout = find_layout(root) if self.labels else Layout(root, root)
+        train = find_images(layout.train)
         if not train.files:
-            looked = f"(looked for {', '.join(ENDINGS)})"
-            found = f"; there are {_count(train.left_out)}" if train.left_out else ""
-            raise UserError(
-                f"{self.place}: no image found {looked}{found}",
-                public=f"no image found in its folder {looked}",
-            )
+            raise self._nothing_found(train, root)
         names = train.names if self.labels else None
-        test = find_images(layout["test"]) if "test" in layout else None
-        notes = [*_describe_layout(layout, root), *_describe(train, names)]
+        tests = [find_images(folder) for folder in layout.tests]
         if names is None:
-            return self._without_labels(train, test, notes)
+            notes = [*layout.describe(*layout.tests[:1]), *_describe(train, names)]
+            return self._without_labels(train, tests, notes)
         classes, labels = number_classes(names)
-        if test is not None and test.files and test.names is not None:
-            return self._given_split(train, labels, test, classes, notes)
-        if test is not None:
+        notes = _describe(train, names)
+        for test in tests:
+            if test.files and _test_names(test, classes) is not None:
+                notes = [*layout.describe(test.root), *notes]
+                return self._given_split(train, labels, test, classes, notes)
             why = f"{len(test.files)} images without labels" if test.files else "no images"
             notes.append(f"{test.root.name}/ holds {why} and is left out")
-        return self._own_split(train.files, labels, classes, seed, notes, test is not None)
+        notes = [*layout.describe(), *notes]
+        return self._own_split(train.files, labels, classes, seed, notes, bool(tests))
+
+    def _nothing_found(self, train: FoundImages, root: Path) -> UserError:
+        looked = f"(looked for {', '.join(ENDINGS)})"
+        found = f"; there are {_count(train.left_out)}" if train.left_out else ""
+        where = "" if train.root == root else f" in {train.root.relative_to(root)}/"
+        return UserError(
+            f"{self.place}: no image found{where} {looked}{found}",
+            public=f"no image found in its folder {looked}",
+        )
 
     def _without_labels(
-        self, train: FoundImages, test: FoundImages | None, notes: list[str]
+        self, train: FoundImages, tests: Sequence[FoundImages], notes: list[Note]
     ) -> Splits:
         splits = {"train": _files_split(train.files, None)}
-        if test is not None and test.files:
-            splits["test"] = _files_split(test.files, None)
+        if tests and tests[0].files:
+            splits["test"] = _files_split(tests[0].files, None)
         return Splits(splits, [], notes)
 
     def _given_split(
@@ -128,9 +143,9 @@ class FolderSource(Source):
         labels: np.ndarray,
         test: FoundImages,
         classes: list[str],
-        notes: list[str],
+        notes: list[Note],
     ) -> Splits:
-        names = test.names or []
+        names = _test_names(test, classes) or []
         if unknown := sorted(set(filter(None, names)) - set(classes)):
             raise UserError(
                 f"{self.place}: {train.root.name}/ and {test.root.name}/ hold different classes "
@@ -139,7 +154,7 @@ class FolderSource(Source):
             )
         numbers = {name: number for number, name in enumerate(classes)}
         test_labels = np.array([numbers.get(name, NO_LABEL) for name in names], dtype=np.int64)
-        notes += [f"test: {len(test.files)} images", *_describe_left_out(test)]
+        notes += [_tell_test, *_describe_left_out(test)]
         splits = {"train": _files_split(train.files, labels)}
         return Splits(splits | {"test": _files_split(test.files, test_labels)}, classes, notes)
 
@@ -149,7 +164,7 @@ class FolderSource(Source):
         labels: np.ndarray,
         classes: list[str],
         seed: int,
-        notes: list[str],
+        notes: list[Note],
         needs_test: bool,
     ) -> Splits:
         """Draw the test images from the labelled ones."""
@@ -158,7 +173,7 @@ class FolderSource(Source):
             return Splits({"train": _files_split(files, labels)}, classes, notes)
         digests = [_digest(file) for file in files]
         rows = split_rows(len(files), labels, fraction, seed, digests)
-        notes.append(f"{len(rows['test'])} labelled images are kept for the test")
+        notes.append(tell_kept_for_test)
         notes += describe_twins(digests, rows)
         splits = {
             name: _files_split([files[i] for i in part], labels[part])
@@ -181,40 +196,114 @@ def own_folder(path: str, name: str) -> FolderSource:
     return FolderSource(name=name, path=path, labels=False, test_fraction=None)
 
 
-def find_layout(root: Path) -> dict[str, Path]:
+@dataclass(frozen=True)
+class Layout:
+    """Which folders stand for splits.
+
+    Attributes:
+        place: where they stand.
+        train: the same where everything is in one place.
+        tests: of test and validation, the one to take first.
+    """
+
+    place: Path
+    train: Path
+    tests: tuple[Path, ...] = ()
+
+    def describe(self, test: Path | None = None) -> list[Note]:
+        """Say which folders were taken for what and what beside them was left out.
+
+        Args:
+            test: the one that is the test, if any.
+        """
+        if self.train == self.place:
+            return []
+        # Of those before the one that is taken others tell why they are not.
+        used = [self.train, *self.tests[: self.tests.index(test) + 1 if test else None]]
+        beside = [
+            f"{entry.name}/" if entry.is_dir() else entry.name
+            for entry in _entries(self.place)
+            if not any(folder.is_relative_to(entry) for folder in used)
+        ]
+        notes: list[Note] = [f"{self.train.name}/ is for training"]
+        if test is not None:
+            notes.append(f"{test.name}/ for the test")
+        return [*notes, f"{name_some(beside)} left out"] if beside else notes
+
+
+def find_layout(root: Path) -> Layout:
     """Find the folders of the splits, whatever the case of their names.
 
-    Returns:
-        "train", and "test" and "val" where they are; nothing where everything is in one
-        place: without a folder for training, or where such a name stands among classes.
+    They may have more to their names if all have the same: `cars_train/` and `cars_test/`,
+    `train2017/` and `val2017/`. A folder that holds nothing but one folder with splits is
+    passed through. Everything is in one place without a folder for training, or where such
+    a name stands among classes.
+
+    Raises:
+        UserError: there is nothing but folders for tests.
     """
-    folders = {entry.name.lower(): entry for entry in sorted(root.iterdir()) if entry.is_dir()}
+    entries = _entries(root)
+    folders = [entry for entry in entries if entry.is_dir()]
+    splits = _pick_splits(folders)
+    if not splits and len(folders) == len(entries) == 1 and _pick_splits(_entries(folders[0])):
+        return find_layout(folders[0])
+    names = [folder.name for folder in folders]
+    if len(names) > 1 and {*TEST, *VALIDATION}.issuperset(name.lower() for name in names):
+        raise UserError(
+            f"dataset.path={root}: only {name_some([f'{name}/' for name in names])}; call the "
+            "folder to train on train/, or add dataset.labels=false",
+            public="its folder holds tests only",
+        )
+    if not splits:
+        return Layout(root, root)
+    tests = (splits[name] for name in ("test", "val") if name in splits)
+    return Layout(root, _pass_through(splits["train"]), tuple(map(_pass_through, tests)))
 
-    def pick(names: Sequence[str]) -> Path | None:
-        return next((folders[name] for name in names if name in folders), None)
 
-    train, test, validation = pick(TRAIN), pick(TEST), pick(VALIDATION)
-    has_classes = train is not None and any(entry.is_dir() for entry in train.iterdir())
-    if train is None or not (test or validation or has_classes):
-        return {}
-    layout = {"train": train}
-    if test or validation:
-        layout["test"] = test or validation or root
-    if test and validation:
-        layout["val"] = validation
-    return layout
+def _pick_splits(folders: Sequence[Path]) -> dict[str, Path]:
+    """Choose the folders for "train", "test" and "val" among those of a folder."""
+    found: dict[str, dict[str, Path]] = {}
+    for name, words in (("train", TRAIN), ("test", TEST), ("val", VALIDATION)):
+        for folder in folders:
+            if rest := _rest_of_name(folder.name.lower(), words):
+                found.setdefault(rest, {}).setdefault(name, folder)
+    whole = found.pop(WHOLE_NAME, {})
+    if "train" in whole and (len(whole) > 1 or any(map(Path.is_dir, _entries(whole["train"])))):
+        return whole
+    others = [each for each in found.values() if "train" in each and len(each) > 1]
+    return others[0] if len(others) == 1 else {}
+
+
+def _rest_of_name(name: str, words: Sequence[str]) -> str | None:
+    """Put a star for the word of a split in a folder's name; None without one."""
+    match = re.fullmatch(rf"(.*[^a-z])?(?:{'|'.join(words)})([^a-z].*)?", name)
+    return f"{match[1] or ''}{WHOLE_NAME}{match[2] or ''}" if match else None
+
+
+def _pass_through(folder: Path) -> Path:
+    """Go on to the only entry of a folder as long as it has the same name."""
+    entries = _entries(folder)
+    is_same = len(entries) == 1 and entries[0].name.lower() == folder.name.lower()
+    return _pass_through(entries[0]) if is_same and entries[0].is_dir() else folder
+
+
+def _entries(folder: Path) -> list[Path]:
+    """List what a person sees in a folder, sorted."""
+    if not folder.is_dir():
+        return []
+    return [entry for entry in sorted(folder.iterdir()) if not is_hidden(entry.name)]
 
 
 def find_images(root: Path) -> FoundImages:
     """Find the images below a folder at any depth, and count what else is there."""
     files, left_out = [], Counter[str]()
     for found in walk_files(root):
-        if found.path.name.lower().endswith(ENDINGS):
-            files.append(found.path)  # a link to nothing is found to be unreadable
-        elif found.status is None:
-            left_out["links to nothing"] += 1
+        is_image = found.path.name.lower().endswith(ENDINGS) and found.problem not in FOLDERS
+        if is_image:
+            files.append(found.path)  # one with a problem is found to be unreadable
         else:
-            left_out[found.path.suffix.lower() or "files without an ending"] += 1
+            ending = found.path.suffix.lower() or "files without an ending"
+            left_out[found.problem or ending] += 1
     return FoundImages(root, sorted(files), left_out)
 
 
@@ -229,9 +318,23 @@ def class_names(paths: Sequence[Path]) -> list[str] | None:
     Returns:
         None unless there are several folders and most images lie in one.
     """
-    names = [path.parts[0] if len(path.parts) > 1 else "" for path in paths]
+    names = _first_folders(paths)
     loose = names.count("")
     return names if len(set(names) - {""}) > 1 and loose < len(names) - loose else None
+
+
+def _first_folders(paths: Sequence[Path]) -> list[str]:
+    """Name the first folder of each path as text, "" for one in none."""
+    return [
+        os.fsencode(path.parts[0]).decode(errors="backslashreplace") if len(path.parts) > 1 else ""
+        for path in paths
+    ]
+
+
+def _test_names(test: FoundImages, classes: Sequence[str]) -> list[str] | None:
+    """Name the class of each test image, a single class of the training included."""
+    names = _first_folders([file.relative_to(test.root) for file in test.files])
+    return names if set(names) & set(classes) else test.names
 
 
 def number_classes(names: Sequence[str]) -> tuple[list[str], np.ndarray]:
@@ -241,45 +344,48 @@ def number_classes(names: Sequence[str]) -> tuple[list[str], np.ndarray]:
     return classes, np.array([numbers[name] for name in names], dtype=np.int64)
 
 
-def _describe_layout(layout: dict[str, Path], root: Path) -> list[str]:
-    """Say which folders were taken for splits and which beside them were left out."""
-    if not layout:
-        return []
-    taken = {folder.name for folder in layout.values() if folder != layout.get("val")}
-    beside = [
-        entry.name
-        for entry in sorted(root.iterdir())
-        if entry.is_dir() and entry.name not in taken and not entry.name.startswith(".")
-    ]
-    notes = [f"{layout['train'].name}/ is for training"]
-    if "test" in layout:
-        notes.append(f"{layout['test'].name}/ for the test")
-    if beside:
-        notes.append(f"{', '.join(f'{show_path(Path(name))}/' for name in beside)} left out")
-    return notes
-
-
-def _describe(found: FoundImages, names: Sequence[str] | None) -> list[str]:
-    notes = []
+def _describe(found: FoundImages, names: Sequence[str] | None) -> list[Note]:
+    notes: list[Note] = []
     if names is not None:
-        loose = sum(name == "" for name in names)
-        notes.append(f"{len(set(names) - {''})} classes by folder")
-        if loose:
+        notes += _tell_classes(sorted(set(names) - {""}))
+        if loose := sum(name == "" for name in names):
             notes.append(f"{loose} images outside of the class folders have no label")
     return notes + _describe_left_out(found)
 
 
-def _describe_left_out(found: FoundImages) -> list[str]:
+def _tell_classes(names: Sequence[str]) -> list[Note]:
+    """Say how many classes have an image that can be read, and which they are."""
+
+    def there(kept: Kept) -> list[str]:
+        seen = [labels[labels != NO_LABEL] for labels in kept.values() if labels is not None]
+        return [names[number] for number in np.unique(np.concatenate(seen))]
+
+    return [
+        lambda kept: f"{len(there(kept))} classes by folder",
+        lambda kept: f"called {name_some(there(kept))}",
+    ]
+
+
+def _tell_test(kept: Kept) -> str:
+    labels = np.array([]) if kept["test"] is None else kept["test"]
+    unknown = int((labels == NO_LABEL).sum())
+    return f"test: {len(labels)} images" + (f", {unknown} of them without a label" * bool(unknown))
+
+
+def _describe_left_out(found: FoundImages) -> list[Note]:
     return [f"left out: {_count(found.left_out)}"] if found.left_out else []
 
 
 def _count(left_out: Counter[str]) -> str:
-    return ", ".join(f"{count} {what}" for what, count in left_out.most_common())
+    return name_some([f"{count} {what}" for what, count in left_out.most_common()])
 
 
 def _digest(file: Path) -> bytes:
-    """Give the SHA-256 of a file; what can't be read is like nothing else."""
+    """Give the SHA-256 of a file; what can't be read, or is empty, is like nothing else."""
     try:
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode) or not status.st_size:  # a pipe would never end
+            return os.fsencode(file)
         with file.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").digest()
     except OSError:

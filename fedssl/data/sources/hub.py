@@ -1,6 +1,8 @@
 """Image data sets of the Hugging Face hub, or local copies of their files."""
 
 import hashlib
+import logging
+import math
 import os
 import re
 import urllib.error
@@ -12,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedssl.data.decoding import scale_numbers
 from fedssl.data.sources.base import (
     NO_LABEL,
     Encoded,
+    Note,
     Source,
     Split,
     Splits,
     describe_twins,
     split_rows,
+    tell_kept_for_test,
 )
 from fedssl.errors import SettingError, UserError
 
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     import datasets  # takes seconds to import, and only `read` needs it
 
 HUB_TIMEOUT_S = 5
+MISSING = Path("missing")  # where a row has no image
+MOST_LETTERS = 200  # of a library's reason, in messages
 MOST_CLASSES = 10_000  # different texts in a column of labels
 TEST_FRACTION = 0.2  # where the test split has no labels
 
@@ -72,7 +77,7 @@ class HubSource(Source):
         Raises:
             UserError: neither is given, or the folder is missing, empty or none.
         """
-        if not self.path and not self.name:
+        if not self.path and not (self.hub_name or self.name):
             raise SettingError("dataset=hub needs a name: add dataset.name=OWNER/NAME")
         super().check()
 
@@ -86,7 +91,7 @@ class HubSource(Source):
         train = self._table(loaded, self.train_split)
         test = None if self.test_split is None else self._table(loaded, self.test_split)
         classes, labels = self._labels(train)
-        notes = _describe_unlabelled("train", labels)
+        notes: list[Note] = [*_describe_unlabelled("train", labels)]
         if test is not None:
             _, test_labels = self._labels(test, classes)
             if labels is None or _is_labelled(test_labels):
@@ -102,7 +107,7 @@ class HubSource(Source):
         digests = [_digest(image) for image in images]
         parts = split_rows(len(train), labels, fraction, seed, digests or None)
         if drawn:
-            notes.append(f"{len(parts['test'])} labelled images are kept for the test")
+            notes.append(tell_kept_for_test)
             notes += describe_twins(digests, parts)
         splits = {
             name: self._split(name, train.select(rows), None if labels is None else labels[rows])
@@ -117,7 +122,7 @@ class HubSource(Source):
         import datasets
 
         datasets.disable_progress_bars()
-        datasets.logging.set_verbosity_error()
+        datasets.logging.set_verbosity(logging.CRITICAL)  # `_reason` tells it in the line
         try:
             if self.root:
                 place: dict[str, Any] = {"path": str(self.root), "cache_dir": str(scratch)}
@@ -135,7 +140,8 @@ class HubSource(Source):
         if split not in loaded:
             known = ", ".join(map(repr, loaded))
             raise UserError(
-                f"{self.place}: no split {split!r}, it has {known}",
+                f"{self.place}: no split {split!r}, it has {known}; set dataset.train_split and "
+                "dataset.test_split, which may be null",
                 public=f"its data set has no split {split!r}",
             )
         table = loaded[split]
@@ -169,12 +175,10 @@ class HubSource(Source):
         kind = str(getattr(feature, "dtype", ""))
         values: list[Any] = list(table[self.label_column])
         if kind.startswith(("int", "uint", "bool", "float", "double")):
-            known_values = [NO_LABEL if v is None or v != v or v < 0 else v for v in values]
-            labels = np.array(known_values).astype(np.int64)
-            if (labels != known_values).any():
-                raise self._wrong_labels("fractions")
             names = list(getattr(feature, "names", None) or [])
-            return names, labels if _is_labelled(labels) else None
+            return self._numbers(values, names, classes)
+        if kind == "null":
+            return [], None
         if kind not in ("string", "large_string"):
             raise self._wrong_labels(f"{kind or 'no single values'}")
         texts = [(value or "").strip() for value in values]
@@ -187,6 +191,34 @@ class HubSource(Source):
             raise self._wrong_labels(f"{len(known)} different texts")
         numbers = {name: number for number, name in enumerate(known)} | {"": NO_LABEL}
         return known, np.array([numbers[text] for text in texts], dtype=np.int64)
+
+    def _numbers(
+        self, values: Sequence[Any], names: Sequence[str], others: Sequence[str] | None
+    ) -> tuple[list[str], np.ndarray | None]:
+        """Take whole numbers for classes, see `_labels`; without names they name themselves."""
+        known = [NO_LABEL if v is None or v != v or v < 0 else v for v in values]
+        if any(not math.isfinite(v) or v != int(v) for v in known):
+            raise self._wrong_labels("fractions")
+        if max(known, default=0) > np.iinfo(np.int64).max:
+            raise self._wrong_labels(f"{max(known)}")
+        labels = np.array(known, dtype=np.int64)
+        classes = np.unique(labels[labels != NO_LABEL])
+        if not len(classes):
+            return list(names or others or []), None
+        if names and classes[-1] >= len(names):
+            raise self._wrong_labels(f"{classes[-1]}, and names for 0 to {len(names) - 1}")
+        if names:
+            return list(names), labels
+        own = [str(number) for number in classes.tolist()]
+        if others is None and classes[-1] < MOST_CLASSES:
+            return [str(number) for number in range(classes[-1] + 1)], labels
+        if others and (unknown := [name for name in own if name not in others]):
+            raise self._wrong_labels(f"{unknown[0]}, which the other split does not have")
+        if len(own) > MOST_CLASSES:
+            raise self._wrong_labels(f"{len(own)} different numbers")
+        numbers = {name: number for number, name in enumerate(others or own)}
+        found = np.array([numbers[name] for name in own])[np.searchsorted(classes, labels)]
+        return list(others or own), np.where(labels == NO_LABEL, NO_LABEL, found)
 
     def _wrong_labels(self, what: str) -> UserError:
         column = self.label_column
@@ -221,7 +253,7 @@ class HubSource(Source):
                 if first is not None:
                     data: bytes | Path | np.ndarray = _pixels(image)
                 else:
-                    data = image.get("bytes") or Path(image.get("path") or "missing")
+                    data = image.get("bytes") or Path(image.get("path") or MISSING)
                 yield Encoded(f"{name} row {row}", data)
 
         return Split(len(table), read, labels)
@@ -235,18 +267,25 @@ class HubSource(Source):
 
 
 def _digest(image: Encoded) -> bytes:
+    """Give the SHA-256 of an image; what is empty is like nothing else."""
     data = image.data.tobytes() if isinstance(image.data, np.ndarray) else image.data
-    return hashlib.sha256(data if isinstance(data, bytes) else str(data).encode()).digest()
+    if isinstance(data, Path):
+        data = os.fsencode(data) if data != MISSING else b""
+    return hashlib.sha256(data).digest() if data else image.name.encode()
 
 
 def _reason(error: Exception) -> str:
     """Say in one line why a data set can't be loaded; if one must be chosen, of which."""
-    text = str(error).strip() or type(error).__name__
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = str(cause).strip() or type(cause).__name__
     if "config name" in text.lower() or "BuilderConfig" in text:
         named = re.search(r"\[('[^\]]*')\]", text)
         if named:
             return f"it has the configurations {named[1]}; choose one with dataset.config_name="
-    return text.splitlines()[0]
+    text = " ".join(text.split())
+    return text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]} ..."
 
 
 def _holds_lists(table: "datasets.Dataset", column: str) -> bool:
@@ -263,14 +302,14 @@ def _holds_lists(table: "datasets.Dataset", column: str) -> bool:
 
 
 def _pixels(numbers: Any) -> np.ndarray | bytes:
-    """Turn nested lists into pixels, uint8 (H, W) or (H, W, channels); b"" where that fails."""
+    """Turn nested lists into numbers (H, W) or (H, W, channels); b"" where that fails."""
     try:
         values = np.asarray(numbers)
         if values.ndim == 3 and values.shape[0] in (1, 3) and values.shape[2] not in (1, 3, 4):
             values = values.transpose(1, 2, 0)
         if values.ndim == 3 and values.shape[2] == 1:
             values = values[:, :, 0]
-        return scale_numbers(values)[0]
+        return values if np.issubdtype(values.dtype, np.number) else b""
     except (TypeError, ValueError):
         return b""
 

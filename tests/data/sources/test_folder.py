@@ -14,7 +14,7 @@ from PIL import Image
 from fedssl.compute import Backend
 from fedssl.data.sources.base import NO_LABEL
 from fedssl.data.sources.folder import FolderSource, find_images, own_folder
-from fedssl.errors import UserError
+from fedssl.errors import UserError, name_some
 from fedssl.evaluation.base import EvaluationData
 
 
@@ -123,7 +123,7 @@ def classes_of(*folders, count=10):
 def read(tmp_path, cache_dir):
     def open_folder(**settings):
         given = {"name": "own", "path": str(tmp_path / "own"), "labels": True}
-        source = FolderSource(**given, **{"test_fraction": 0.2, **settings})
+        source = FolderSource(**{**given, "test_fraction": 0.2, **settings})
         return open_images(source, 8, cache_dir)
 
     (tmp_path / "own").mkdir()
@@ -248,6 +248,147 @@ def test_a_name_that_is_no_text_is_read(read, tmp_path):
     os.rename(tmp_path / "own/cat/0.png", os.fsencode(tmp_path / "own/cat/") + b"\xff\xfe.png")
     found = read()
     assert len(found.train.pixels) + len(found.test.pixels) == 20
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("training_set", "test_set"),
+        ("train2017", "val2017"),
+        ("cars_train", "cars_test"),
+        ("seg_train/seg_train", "seg_test/seg_test"),
+        ("photos/train", "photos/test"),
+    ],
+)
+def test_names_that_differ_by_the_word_of_a_split_are_splits(read, tmp_path, train, test):
+    root = tmp_path / "own"
+    place(root, *classes_of(f"{train}/a", f"{train}/b"), *classes_of(f"{test}/a", f"{test}/b"))
+    found = read()
+    assert (len(found.train.pixels), len(found.test.pixels)) == (20, 20)
+    assert found.class_names == ["a", "b"]
+    assert "2 classes by folder" in found.notes
+    assert "called a, b" in found.notes
+
+
+@pytest.mark.parametrize("names", [("train_a", "test_b"), ("strain", "stest")])
+def test_other_names_stay_classes(read, tmp_path, names):
+    place(tmp_path / "own", *classes_of(*names))
+    assert read().class_names == sorted(names)
+
+
+def test_tests_without_a_training_are_refused(read, tmp_path):
+    place(tmp_path / "own", *classes_of("test/a", "test/b", "val/a", "val/b"))
+    with pytest.raises(UserError, match="only test/, val/; call the folder to train on train/"):
+        read()
+    assert len(read(labels=False).train.pixels) == 40
+
+
+def test_a_test_without_labels_gives_way_to_a_validation_with_them(read, tmp_path):
+    place(tmp_path / "own", *classes_of("train/a", "train/b", "test", "val/a", "val/b"))
+    found = read()
+    assert (len(found.train.pixels), len(found.test.pixels)) == (20, 20)
+    assert "val/ for the test" in found.notes
+    assert "test/ holds 10 images without labels and is left out" in found.notes
+
+
+def test_a_test_of_one_of_the_classes_has_labels(read, tmp_path):
+    place(tmp_path / "own", *classes_of("train/a", "train/b", "test/b"), "test/loose.png", "x.png")
+    found = read()
+    assert found.test.labels.tolist() == [1] * 10 + [NO_LABEL]
+    assert "test: 11 images, 1 of them without a label" in found.notes
+    assert "x.png left out" in found.notes
+
+
+def test_an_empty_train_folder_is_named(read, tmp_path):
+    place(tmp_path / "own", *classes_of("test/a", "test/b"))
+    (tmp_path / "own" / "train" / "a").mkdir(parents=True)
+    with pytest.raises(UserError, match="no image found in train/"):
+        read()
+
+
+def test_pipes_are_left_out_and_nobody_waits_for_them(read, tmp_path):
+    root = tmp_path / "own"
+    place(root, *classes_of("a", "b"))
+    os.mkfifo(root / "a" / "pipe.png")
+    os.mkfifo(root / "a" / "pipe")
+    found = read()
+    assert len(found.train.pixels) + len(found.test.pixels) == 20
+    assert [os.path.basename(name) for name in found.unreadable] == ["pipe.png"]
+    assert "left out: 1 pipes and devices" in found.notes
+
+
+def test_a_second_link_to_a_folder_is_counted(read, tmp_path):
+    place(tmp_path, *classes_of("real/cat", "real/dog"))
+    for name, target in (("cat", "cat"), ("dog", "dog"), ("wolf", "dog")):
+        (tmp_path / "own" / name).symlink_to(tmp_path / "real" / target)
+    found = read()
+    assert found.class_names == ["cat", "dog"]
+    assert "left out: 1 links to folders that are there already" in found.notes
+
+
+def test_a_closed_folder_is_counted(read, tmp_path, monkeypatch):
+    place(tmp_path / "own", *classes_of("a", "b", "closed"))
+    scandir = os.scandir
+
+    def refuse(folder):
+        if str(folder).endswith("/closed"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found = read()
+    assert found.class_names == ["a", "b"]
+    assert "left out: 1 folders that can't be read" in found.notes
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/x", "loop"])
+def test_a_path_that_leads_nowhere_gets_one_line(tmp_path, cache_dir, path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    path = path if path.startswith("~") else str(tmp_path / path)
+    source = FolderSource(name="own", path=path, labels=True, test_fraction=None)
+    with pytest.raises(UserError, match="no such folder"):
+        open_images(source, 8, cache_dir)
+
+
+def test_a_class_of_which_nothing_can_be_read_is_none(read, tmp_path):
+    root = tmp_path / "own"
+    place(root, *classes_of("a", "c"))
+    (root / "b").mkdir()
+    for number in range(10):
+        (root / "b" / f"{number}.png").touch()
+    found = read()
+    assert found.class_names == ["a", "c"]
+    assert sorted(found.train.labels.tolist()) == [0] * 8 + [1] * 8
+    assert len(found.unreadable) == 10
+    assert {"2 classes by folder", "4 labelled images are kept for the test"} <= set(found.notes)
+    assert not [note for note in found.notes if "copies" in note]  # of nothing
+
+
+def test_a_copy_without_a_label_stays_with_its_original(read, tmp_path):
+    root = tmp_path / "own"
+    place(root, *classes_of("a", "b", count=12))
+    for number in range(12):
+        shutil.copy(root / f"a/{number}.png", root / f"copy {number}.png")
+    found = read()
+    sides = [{pixels.tobytes() for pixels in each.pixels} for each in (found.train, found.test)]
+    assert not sides[0] & sides[1]
+    assert "12 exact copies stay on the side of their originals" in found.notes
+
+
+def test_whatever_names_hold_can_be_printed(read, tmp_path):
+    root = tmp_path / "own"
+    place(root, *classes_of("two\nlines", "red\x1b[31m"))
+    os.rename(root / "two\nlines", os.fsencode(root) + b"/two\xff")
+    (root / "x.a\nb").touch()
+    (root / "red\x1b[31m" / "b\x1b.png").touch()
+    for number in range(9):
+        (root / f"x.{number}").touch()
+    found = read()
+    assert found.class_names == ["red\\x1b[31m", "two\\xff"]
+    assert all(note.isprintable() for note in found.notes)
+    left_out = next(note for note in found.notes if note.startswith("left out"))
+    assert left_out.endswith("and 5 more")
+    assert name_some(found.unreadable).endswith(r"b\x1b.png")
 
 
 NAMES = st.sampled_from(["cat", "dog", "train", "Test", "val", "__MACOSX", ".hidden", "deep er"])

@@ -1,6 +1,7 @@
 """Data sets of the hub, from local copies of their files."""
 
 import io
+import math
 import shutil
 import time
 from dataclasses import replace
@@ -211,6 +212,54 @@ def test_class_numbers_without_names_are_named_by_themselves(table):
     found = table([0, 2] * 10)
     assert found.class_names == ["0", "1", "2"]
     assert count_classes(found, [np.arange(4), np.arange(2)]).shape == (2, 3)
+
+
+def test_numbers_that_are_no_row_of_classes_are_numbered_without_gaps(table):
+    found = table([10**12, 7] * 10)
+    assert found.class_names == ["7", str(10**12)]
+    assert sorted(set(found.train.labels.tolist())) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "test_labels", "message"),
+    [
+        ([0, 1] * 10, [0, 7] * 4, "7, which the other split does not have"),
+        ([0.0, math.inf] * 10, None, "fractions"),
+        (np.array([0, 2**64 - 1] * 10, dtype=np.uint64), None, str(2**64 - 1)),
+    ],
+)
+def test_numbers_that_are_no_classes_get_one_line(table, recwarn, labels, test_labels, message):
+    with pytest.raises(UserError, match=message) as error:
+        table(labels, test_labels)
+    assert "\n" not in str(error.value)
+    assert not [each for each in recwarn if each.category is RuntimeWarning]
+
+
+def test_a_column_without_a_kind_holds_no_labels(table):
+    assert table([None] * 10).train.labels is None
+
+
+def test_rows_without_an_image_are_no_copies(table, rng):
+    pixels = rng.integers(0, 256, (20, 9, 9)).tolist()
+    found = table([0, 1] * 11, pictures=[*pixels, None, None])
+    assert len(found.unreadable) == 2
+    assert not [note for note in found.notes if "copies" in note]
+
+
+def test_what_was_assumed_of_lists_is_said(table, rng):
+    deep = rng.integers(0, 4096, (20, 9, 9))
+    deep[:, 0, 0] = 4095
+    found = table([0, 1] * 10, pictures=deep.tolist())
+    assert "12 bits in use (20 images)" in found.notes
+
+
+def test_what_the_library_refuses_is_one_line(table, tmp_path, capfd):
+    with pytest.raises(UserError, match="be loaded"):
+        table([])
+    (tmp_path / "table" / "train-00000-of-00001.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(UserError, match="be loaded"):
+        table(None)
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("channels", ["none", "last", "first"])
