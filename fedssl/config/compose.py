@@ -13,7 +13,12 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
-from fedssl.config.checks import check_settings, flatten_mapping, unknown_key
+from fedssl.config.checks import (
+    check_settings,
+    check_simulation,
+    flatten_mapping,
+    unknown_key,
+)
 from fedssl.config.fields import nearest
 from fedssl.config.moved import modernize_overrides
 from fedssl.config.schema import GROUPS
@@ -48,6 +53,8 @@ def load_config(name: str, overrides: Sequence[str], federated: bool = False) ->
     with initialize_config_dir(str(CONF), version_base=None):
         config = take_paths_as_text(_compose(name, given))
     check_settings(name, to_mapping(config))
+    if name == "config" and not federated:
+        check_simulation(to_mapping(config))
     return config
 
 
