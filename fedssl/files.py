@@ -69,8 +69,6 @@ def check_replaceable(key: str, given: str) -> Path:
     file = Path(given).expanduser()
     if file.is_dir():
         raise UserError(f"{key}={given}: is a folder; give the name of a file")
-    if file.name in ("", ".."):
-        raise UserError(f"{key}={given}: names no file; give the name of one")
     if not file.parent.is_dir():
         raise UserError(f"{key}={given}: there is no folder {file.parent}; make it first")
     probe = file.with_name(f"{PARTIAL}{uuid4().hex[:8]}-{file.name}")

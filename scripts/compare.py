@@ -29,6 +29,8 @@ def main() -> None:
     parser.add_argument("--metric", default=MAIN_METRIC, help="what the plot shows")
     parser.add_argument("--x", help="the setting below the plot; default: the first that differs")
     given = parser.parse_args()
+    if given.out.name in ("", ".."):
+        raise UserError(f"--out={given.out}: names no file; give a name without extension")
     check_replaceable("--out", f"{given.out}.md")
     frame, settings, empty = gather(find_runs(given.runs))
     for run in empty:

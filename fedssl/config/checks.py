@@ -189,7 +189,10 @@ def _explain(
         return unknown_key(key, flatten_mapping(settings))
     if error["type"] == "missing":
         return f"{key}: {MISSING}"
-    return f"{key}={error['input']}: {_reason(error, _find_field(model, error['loc']))}"
+    reason = _reason(error, _find_field(model, error["loc"]))
+    value = error["input"]
+    shown = repr(value) if isinstance(value, str) and value.isnumeric() else value
+    return f"{key}={shown}: {reason}"
 
 
 def _find_field(model: type[Section], path: Sequence[int | str]) -> FieldInfo:

@@ -33,6 +33,7 @@ def write_report(
     rounds = read_rounds(run)
     headings, *lines = table_of_rounds(rounds)
     evaluations, sources = describe_results(run)
+    overrides = run.read_overrides()
     try:
         pictures = draw_pictures(run, facts, settings, rounds, images)
         page = (
@@ -49,7 +50,7 @@ def write_report(
                 nodes=list_nodes(rounds),
                 columns=headings,
                 rounds=lines,
-                overrides=run.read_overrides(),
+                overrides=overrides,
                 settings=flatten_mapping(facts.settings),
                 sources=sources,
             )

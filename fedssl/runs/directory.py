@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from yaml import YAMLError
 
 from fedssl.config.checks import check_settings
@@ -121,10 +121,22 @@ class RunDirectory:
         """Read the overrides that the run was started with, under today's names.
 
         There are none if the run did not keep them.
+
+        Raises:
+            UserError: the file is damaged.
         """
         if not self.overrides.is_file():
             return []
-        return modernize_overrides(list(map(str, OmegaConf.load(self.overrides))))[0]
+        try:
+            overrides = OmegaConf.load(self.overrides)
+            if not isinstance(overrides, ListConfig):
+                raise ValueError("no list")
+        except (OSError, ValueError, YAMLError) as error:
+            raise UserError(
+                f"{self.overrides}: damaged ({error}); put what the run was started with there, "
+                "a line each, as in `- num_rounds=3`"
+            ) from error
+        return modernize_overrides(list(map(str, overrides)))[0]
 
     def write_metrics(self, rounds: Sequence[RoundMetrics]) -> None:
         """Write metrics.jsonl, a line a round."""

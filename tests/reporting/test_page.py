@@ -240,7 +240,9 @@ def test_a_map_keeps_apart_what_is_apart():
 
 def test_a_map_of_many_classes_has_a_scale_of_their_numbers(monkeypatch):
     drawn = []
-    monkeypatch.setattr("fedssl.reporting.figures._save", lambda figure, file: drawn.append(figure))
+    monkeypatch.setattr(
+        "fedssl.reporting.figures.save_figure", lambda figure, file: drawn.append(figure)
+    )
     points, labels = np.zeros((30, 2), dtype=np.float32), np.arange(30)
     for count in (MAX_NAMES, MAX_NAMES + 1):
         names = [f"class {n}" for n in range(count)]
