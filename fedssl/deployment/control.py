@@ -122,8 +122,9 @@ class Control:
             unsaid = f"leave the proxy out with no_proxy={self._link.host}"
             unsaid = unsaid if self._link.proxy else CLOSED
             details = f"{said.message} {said.public_details or ''}" if said else unsaid
+            code = error.response.status_code
             raise RuntimeError(
-                f"the SuperLink at {self._link.address}{self._link.proxy} answers {error.response.status_code}: "
+                f"the SuperLink at {self._link.address}{self._link.proxy} answers {code}: "
                 f"{' '.join(details.split())}"
             ) from error
         except httpx.TransportError as error:

@@ -72,7 +72,20 @@ def read_scores(run: RunDirectory, namesakes: Container[str] = ()) -> dict[str, 
 
     Args:
         namesakes: the names that several sets of images have.
+
+    Raises:
+        UserError: an evaluation lacks something.
     """
+    try:
+        return _read_scores(run, namesakes)
+    except (KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{run.results}: damaged ({reason}); move it away and evaluate again"
+        ) from error
+
+
+def _read_scores(run: RunDirectory, namesakes: Container[str]) -> dict[str, float]:
     scores = {}
     trained_on = run.load_config().dataset.name
     for result in run.read_results():

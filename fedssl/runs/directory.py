@@ -205,25 +205,13 @@ class RunDirectory:
             if not isinstance(results, list):
                 raise ValueError("no list")
             for number, result in enumerate(results, start=1):
-                if not _is_result(result):
+                if not isinstance(result, dict) or not isinstance(result.get("rows"), list):
                     raise ValueError(f"entry {number} is no evaluation")
             return results
         except (ValueError, OSError, RecursionError) as error:
             raise UserError(
                 f"{self.results}: damaged ({error}); move it away and evaluate again"
             ) from error
-
-
-def _is_result(entry: Any) -> bool:
-    """Tell whether an entry of results.json has what every evaluation has, of any version."""
-    try:
-        numbers = [entry["protocol"]["label_fraction"], *(row["mean"] for row in entry["rows"])]
-        texts = [row[key] for row in entry["rows"] for key in ("encoder", "method")]
-    except (KeyError, TypeError):
-        return False
-    return all(isinstance(n, int | float) for n in numbers) and all(
-        isinstance(text, str) for text in texts
-    )
 
 
 def _claim(path: Path) -> Path:
