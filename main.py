@@ -27,7 +27,7 @@ from fedssl.config.command_line import run_entry
 from fedssl.data.image_set import ImageSet
 from fedssl.data.partitions import split_held_out
 from fedssl.data.sources.base import absolute
-from fedssl.errors import WARNING, UserError, name_some
+from fedssl.errors import WARNING, name_some
 from fedssl.evaluation.base import check_evaluable
 from fedssl.federation.resources import ClientResources
 from fedssl.federation.simulation import simulate
@@ -66,14 +66,6 @@ def prepare(config: DictConfig) -> tuple[ClientResources, ImageSet]:
         UserError: the first thing that is wrong.
     """
     resources = plan_simulation(config)
-    for key in ("min_nodes", "min_results"):
-        if (config[key] or 0) > config.num_clients:
-            raise UserError(f"{key}={config[key]}: there are only num_clients={config.num_clients}")
-    if any(number >= config.num_clients for number in config.participants):
-        raise UserError(
-            f"participants={config.participants}: with num_clients={config.num_clients} the "
-            f"partitions are 0 to {config.num_clients - 1}"
-        )
     check_writable(Path(config.run_dir))
     image_set = open_images(config, make_report(config.quiet))
     for rows in open_partitions(config, image_set):

@@ -23,6 +23,7 @@ from fedssl.config.command_line import run_entry
 from fedssl.data.image_set import ImageSet
 from fedssl.errors import WARNING
 from fedssl.evaluation.base import check_evaluable
+from fedssl.files import check_replaceable
 from fedssl.reporting.console import Waiting, make_report, print_results
 from fedssl.runs.checkpoints import load_checkpoint
 from fedssl.runs.directory import RunDirectory
@@ -52,6 +53,8 @@ def prepare(settings: DictConfig) -> tuple[RunDirectory, DictConfig, ImageSet, P
     """
     run, checkpoint = find_checkpoint(settings)
     config = run.load_config()
+    run.read_results()
+    check_replaceable("run", str(run.results))
     config.precision, config.cache_dir = settings.precision, settings.cache_dir
     follow_run(settings, config)
     choose_images(config, settings)

@@ -293,7 +293,7 @@ def enter(monkeypatch, capsys, name, check, arguments):
         (["dataset=imagefolder"], "add dataset.path=DIR"),
         (["dataset=hub"], "add dataset.name=OWNER/NAME"),
         (["--num_cpus=1000"], "num_cpus=1000: this machine has"),
-        (["strategy=fedtrimmedavg", "strategy.beta=0.7"], "FedTrimmedAvg"),
+        (["strategy=fedtrimmedavg", "strategy.beta=0.7"], "below 0.5"),
         (["partition=pathological", "partition.classes_per_client=11"], "from 1 to 10"),
         (["--num_rounds"], "--num_rounds needs a value"),
         (["--multirun", "num_clients=2,0"], "num_clients=0"),

@@ -21,7 +21,10 @@ WRONG_TYPE = {
     "list_type": "a list",
     "finite_number": "a finite number",
     "model_type": "a section",
+    "string_too_short": "text, and not empty",
 }
+LARGEST_WHOLE = 2**31 - 1  # what every library and clock counts to
+LARGEST, SMALLEST = 1e30, 1e-30  # sizes of a number that single precision holds
 MISSING = "missing; a key may be changed, but not deleted"
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
@@ -41,6 +44,36 @@ def check_settings(program: str, settings: Mapping[str, Any]) -> None:
         _check_section(prefix, model, section, settings)
     if program == "config":
         _check_resolution(settings)
+
+
+def check_simulation(settings: Mapping[str, Any]) -> None:
+    """Check how many clients of a simulation are waited for.
+
+    Raises:
+        UserError: more than there are.
+    """
+    count, participants = settings["num_clients"], set(settings["participants"])
+    strategy = settings["strategy"]
+    for key in ("min_nodes", "min_results"):
+        if (settings[key] or 0) > count:
+            raise SettingError(f"{key}={settings[key]}: there are only num_clients={count}")
+    if any(number >= count for number in participants):
+        raise SettingError(
+            f"participants={settings['participants']}: with num_clients={count} the partitions "
+            f"are 0 to {count - 1}"
+        )
+    fraction = strategy.get("fraction_train") or 1
+    asked = max(1, int(fraction * (len(participants) or count)))
+    if settings["min_results"] > asked:
+        raise SettingError(
+            f"min_results={settings['min_results']}: at most {asked} can come back from a round, "
+            "by num_clients, participants and strategy.fraction_train"
+        )
+    if (strategy.get("num_malicious_nodes") or 0) >= count:
+        raise SettingError(
+            f"strategy.num_malicious_nodes={strategy['num_malicious_nodes']}: must be below "
+            f"num_clients={count}"
+        )
 
 
 def describe(program: str, settings: Mapping[str, Any]) -> dict[str, str]:
@@ -122,6 +155,19 @@ def _check_section(
         details = error.errors(include_url=False)
         raise SettingError(_explain(prefix, model, details[0], settings)) from error
     _refuse_missing(prefix, model, section)
+    for key, value in flatten_mapping(section).items():
+        for number in value if isinstance(value, list) else [value]:
+            if reason := _refuse_size(number):
+                raise SettingError(f"{prefix}{key}={value}: {reason}")
+
+
+def _refuse_size(number: Any) -> str:
+    """Say why a number is too large or too small to be reckoned with; empty if it is not."""
+    if type(number) is int and abs(number) > LARGEST_WHOLE:
+        return f"must be at most {LARGEST_WHOLE}"
+    if type(number) is float and number and not SMALLEST <= abs(number) <= LARGEST:
+        return f"must be 0, or of a size from {SMALLEST:g} to {LARGEST:g}"
+    return ""
 
 
 def _refuse_missing(prefix: str, model: type[Section], section: Mapping[str, Any]) -> None:
@@ -143,7 +189,10 @@ def _explain(
         return unknown_key(key, flatten_mapping(settings))
     if error["type"] == "missing":
         return f"{key}: {MISSING}"
-    return f"{key}={error['input']}: {_reason(error, _find_field(model, error['loc']))}"
+    reason = _reason(error, _find_field(model, error["loc"]))
+    value = error["input"]
+    shown = repr(value) if isinstance(value, str) and value.isnumeric() else value
+    return f"{key}={shown}: {reason}"
 
 
 def _find_field(model: type[Section], path: Sequence[int | str]) -> FieldInfo:

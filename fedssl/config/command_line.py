@@ -6,19 +6,18 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import product
+from itertools import pairwise, product
 from threading import Timer
 
 import hydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from fedssl.config.compose import (
     CONF,
     evaluation_overrides,
     load_config,
-    quote_paths,
+    parse_overrides,
+    quote_texts,
     take_paths_as_text,
 )
 from fedssl.config.moved import modernize_overrides
@@ -48,7 +47,7 @@ def flags_to_overrides(arguments: Sequence[str]) -> list[str]:
     """Turn `--key=value` and `--key value` into Hydra overrides; keep Hydra's own flags.
 
     Raises:
-        UserError: a flag without a value.
+        UserError: a flag without a value, or one that nobody knows.
     """
     result: list[str] = []
     rest = list(arguments)
@@ -63,6 +62,8 @@ def flags_to_overrides(arguments: Sequence[str]) -> list[str]:
             if not has_value:
                 value = _value_of(argument, rest)
             result.append(f"{name[2:].replace('-', '_')}={value}")
+        elif argument.startswith("-"):
+            raise UserError(f"{argument}: no such flag; see --help for the known ones")
         else:
             result.append(argument)
     return result
@@ -84,18 +85,15 @@ def is_informative(arguments: Iterable[str]) -> bool:
 
 def jobs_of(arguments: Sequence[str]) -> list[list[str]]:
     """List the overrides of every job that the arguments ask for, one without --multirun."""
-    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    free = [a for before, a in pairwise(["", *arguments]) if before not in HYDRA_OPTIONS]
+    overrides = [argument for argument in free if not argument.startswith("-")]
     if not {"--multirun", "-m"} & set(arguments):
         return [overrides]
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-    except HydraException as error:
-        raise UserError(f"not an override: {str(error).splitlines()[0]}") from error
     choices: list[list[str]] = [
         [f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()]
         if item.is_sweep_override()
         else [str(item.input_line)]
-        for item in parsed
+        for item in parse_overrides(overrides)
     ]
     return [list(job) for job in product(*choices)]
 
@@ -114,7 +112,7 @@ def read_arguments(name: str, arguments: Sequence[str], complete: Complete = lis
     if "quiet=true" not in overrides:
         for notice in notices:
             print(notice, file=sys.stderr)
-    return complete(quote_paths(overrides))
+    return complete(quote_texts(overrides))
 
 
 def run_entry(

@@ -6,27 +6,39 @@ that a section builds comes from a file alone, never from an override.
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
-from fedssl.config.checks import check_settings, flatten_mapping, unknown_key
+from fedssl.config.checks import (
+    check_settings,
+    check_simulation,
+    flatten_mapping,
+    unknown_key,
+)
 from fedssl.config.fields import nearest
 from fedssl.config.moved import modernize_overrides
-from fedssl.config.schema import GROUPS
+from fedssl.config.schema import GROUPS, PROGRAMS
 from fedssl.env import ROOT
 from fedssl.errors import SettingError, UserError
 
 CONF = ROOT / "conf"
-PATHS = {
-    *("dataset.path", "path", "folder", "run", "out", "output_dir", "run_dir", "cache_dir"),
-    *("checkpoint", "encoder", "neighbours", "nodes_file"),
+PATHS = ("dataset.path", "path", "folder", "run", "out", "output_dir", "run_dir", "cache_dir")
+TEXTS = {
+    f"{prefix}{name}"
+    for prefix, models in {
+        "": [program.settings for program in PROGRAMS.values()],
+        "dataset.": GROUPS["dataset"].models.values(),
+    }.items()
+    for model in models
+    for name, field in model.model_fields.items()
+    if field.annotation in (str, str | None)
 }
-WHOLE_NUMBER = re.compile(r"[+-]?[\d_]+")
 # What Hydra's `instantiate` reads, https://hydra.cc/docs/advanced/instantiate_objects/overview
 SPECIAL = re.compile(r"(?<!\w)_(?:target|partial|args|recursive|convert)_(?!\w)")
 OPTION = re.compile(r"(?:[\w-][\w.-]*(?:/[\w-][\w.-]*)*)?")  # a file below a group's folder
@@ -46,25 +58,36 @@ def load_config(name: str, overrides: Sequence[str], federated: bool = False) ->
         UserError: an unknown group, option or key (with the nearest known one), a
             value of the wrong type or out of range, or as `check_overrides`.
     """
-    given, _ = modernize_overrides(quote_paths(overrides))
+    given, _ = modernize_overrides(overrides)
+    given = quote_texts(given)
     check_overrides(given, federated)
     if name == "test":
         given = evaluation_overrides(given)
     with initialize_config_dir(str(CONF), version_base=None):
         config = take_paths_as_text(_compose(name, given))
     check_settings(name, to_mapping(config))
+    if name == "config" and not federated:
+        check_simulation(to_mapping(config))
     return config
 
 
-def quote_paths(overrides: Sequence[str]) -> list[str]:
-    """Quote the name of a folder or file that Hydra takes for a number, as `2021_05`."""
-    split = [override.partition("=") for override in overrides]
-    return [
-        f"{key}='{value}'"
-        if key in PATHS and WHOLE_NUMBER.fullmatch(value)
-        else f"{key}{equals}{value}"
-        for key, equals, value in split
-    ]
+def quote_texts(overrides: Sequence[str]) -> list[str]:
+    """Quote what YAML takes for a number or a truth value where a setting is text.
+
+    So that `dataset.path=1e5`, `=007` and `=1_000` are folders of just these names.
+    """
+
+    def write(override: str) -> str:
+        key, _, value = override.partition("=")
+        if key.lstrip("+") not in TEXTS:
+            return override
+        with suppress(HydraException):
+            parsed = OverridesParser.create().parse_override(override)
+            if not parsed.is_sweep_override() and type(parsed.value()) in (int, float, bool):
+                return f"{key}={quote(value)}"
+        return override
+
+    return [write(override) for override in overrides]
 
 
 def take_paths_as_text(config: DictConfig) -> DictConfig:
@@ -89,6 +112,10 @@ def check_overrides(overrides: Sequence[str], federated: bool = False) -> None:
     for override in overrides:
         key, _, value = override.partition("=")
         key = key.lstrip("+~")
+        if not federated and key in ("hydra.run.dir", "hydra.sweep.dir"):
+            raise SettingError(f"{override}: choose the place with run_dir=DIR or output_dir=DIR")
+        if not key.strip():
+            raise SettingError(f"{override}: no key; write key=value")
         group = re.split(r"[.@]", key)[0]
         if special := SPECIAL.search(override):
             choice = f"{group if group in GROUPS else 'GROUP'}=NAME"
@@ -173,6 +200,15 @@ def _compose(name: str, given: Sequence[str]) -> DictConfig:
         raise _explain(name, str(error), given) from error
 
 
+def _fails_so(name: str, override: str, message: str) -> bool:
+    """Tell whether an override alone brings about an error."""
+    try:
+        to_mapping(compose(name, [override]))
+    except Exception as error:
+        return str(error) == message
+    return False
+
+
 def _known(name: str, given: Sequence[str]) -> Mapping[str, Any]:
     """List what is known under the options that were chosen, as far as these are sound."""
     for chosen in ([o for o in given if _is_group_choice(o)], []):
@@ -183,12 +219,22 @@ def _known(name: str, given: Sequence[str]) -> Mapping[str, Any]:
     return {}
 
 
-def _can_be_parsed(override: str) -> bool:
-    try:
-        OverridesParser.create().parse_override(override)
-    except HydraException:
-        return False
-    return True
+def parse_overrides(given: Sequence[str]) -> list[Override]:
+    """Parse overrides as Hydra does.
+
+    Raises:
+        UserError: the first that is none.
+    """
+    parser, parsed = OverridesParser.create(), []
+    for override in given:
+        try:
+            parsed.append(parser.parse_override(override))
+        except HydraException as error:
+            raise SettingError(
+                f"{override}: not of the form key=value; quote odd characters, as in "
+                "'dataset.path=\"a=b\"'"
+            ) from error
+    return parsed
 
 
 def _explain(name: str, message: str, given: Sequence[str]) -> UserError:
@@ -196,18 +242,16 @@ def _explain(name: str, message: str, given: Sequence[str]) -> UserError:
     unknown = re.search(r"Could not (?:override|find) '([^']+)'", message)
     if unknown:
         return SettingError(unknown_key(unknown[1], _known(name, given)))
-    named = next((override for override in given if override in message), "")
-    culprit = named or next((override for override in given if not _can_be_parsed(override)), "")
-    if "Ambiguous value" in message:
-        return SettingError(
-            f"{culprit}: several values; quote what is one, as in 'dataset.path=\"a,b\"', or add "
-            "--multirun"
-        )
+    try:
+        for override, parsed in zip(given, parse_overrides(given), strict=True):
+            if parsed.is_sweep_override():
+                return SettingError(
+                    f"{override}: several values; several runs need --multirun, a list is written "
+                    "key=[a,b], a text with a comma \"key='a,b'\""
+                )
+    except UserError as error:
+        return error
+    culprit = next((o for o in given if o in message or _fails_so(name, o, message)), "")
     reason = message.strip().splitlines()[0] if message.strip() else "not understood"
-    if any(word in message for word in ("pars", "mismatched input", "Lexer")):
-        return SettingError(
-            f"{culprit or ' '.join(given)}: not of the form key=value; quote odd characters, "
-            "as in 'dataset.path=\"a=b\"'"
-        )
     line = reason if culprit in reason else f"{culprit}: {reason}"
     return UserError(line, public=f"{culprit or 'the settings'}: not understood")

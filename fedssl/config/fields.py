@@ -19,7 +19,11 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(
-        extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        str_min_length=1,
+        protected_namespaces=(),
     )
 
 
@@ -45,10 +49,13 @@ def _is_number(item: Any) -> bool:
     return type(item) in (int, float) and isfinite(item)
 
 
-def _numbers(count: int) -> AfterValidator:
+def _numbers(count: int, low: float = -inf, high: float = inf) -> AfterValidator:
+    bounds = f", {low:g} to {high:g}" if high < inf else ""
+
     def check(items: list[Any]) -> list[Any]:
-        if len(items) != count or not all(map(_is_number, items)):
-            raise _refusal(f"must be a list of {count} numbers")
+        right = len(items) == count and all(_is_number(i) and low <= i <= high for i in items)
+        if not right:
+            raise _refusal(f"must be a list of {count} numbers{bounds}")
         return items
 
     return AfterValidator(check)
@@ -86,8 +93,11 @@ def _names(*known: str) -> Callable[[list[Any]], list[Any]]:
     return check
 
 
-Channels = Annotated[list[Any], _numbers(3)]  # a number for red, green and blue
+# A number for red, green and blue, of values in [0, 1].
+Means = Annotated[list[Any], _numbers(3, 0, 1)]
+Deviations = Annotated[list[Any], _numbers(3, 0.001, 1)]
 Span = Annotated[list[Any], _numbers(2), AfterValidator(_rising)]  # lowest and highest
+ShareSpan = Annotated[list[Any], _numbers(2, 0, 1), AfterValidator(_rising)]  # of a whole
 Shares = Annotated[list[Any], AfterValidator(_shares)]  # of a whole
 Partitions = Annotated[list[Any], _whole_numbers(0)]
 Sides = Annotated[list[Any], _whole_numbers(4, 4096)]  # of images, in pixels

@@ -66,7 +66,7 @@ def modernize_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]
             new = ""
         value = OPTIONS.get(name, {}).get(value, value)
         now = f"{sign}{new}{assigned}{value}"
-        if not new:
+        if not new and name:
             notices.append(f"{name} counts with another protocol only and is left out")
             continue
         if new != name:

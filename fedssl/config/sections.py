@@ -4,7 +4,17 @@ from typing import Literal
 
 from pydantic import Field
 
-from fedssl.config.fields import Channels, Instance, Section, Shares, Sides, Span, Stages
+from fedssl.config.fields import (
+    Deviations,
+    Instance,
+    Means,
+    Section,
+    Shares,
+    ShareSpan,
+    Sides,
+    Span,
+    Stages,
+)
 
 LARGEST_SEED = 2**31 - 1
 
@@ -15,8 +25,8 @@ class Dataset(Instance):
     name: str | None = Field(description="how messages, tables and pictures call it")
     path: str | None = Field(default=None, description="a folder on this machine")
     image_size: int = Field(ge=4, le=4096, description="side of the images in pixels")
-    mean: Channels = Field(description="of the channels, which the network subtracts")
-    std: Channels = Field(description="of the channels, which the network divides by")
+    mean: Means = Field(description="of the channels, which the network subtracts")
+    std: Deviations = Field(description="of the channels, which the network divides by")
     test_fraction: float | None = Field(
         gt=0, le=0.9, description="share of labelled training images for a test, if there is none"
     )
@@ -79,7 +89,7 @@ class SimCLR(Method):
 class Augment(Section):
     """What the two views of an image are made by."""
 
-    crop_scale: Span = Field(default=[0.2, 1.0], description="share of the image's area")
+    crop_scale: ShareSpan = Field(default=[0.2, 1.0], description="share of the image's area")
     crop_ratio: Span = Field(
         default=[0.75, 1.3333333333333333], description="width / height of the crop"
     )
@@ -227,7 +237,7 @@ class FedProx(Strategy):
 class FedTrimmedAvg(Strategy):
     """An average without the extremes."""
 
-    beta: float = Field(default=0.2, ge=0, le=1, description="share cut off at each end")
+    beta: float = Field(default=0.2, ge=0, lt=0.5, description="share cut off at each end")
 
 
 class Krum(Strategy):

@@ -15,12 +15,16 @@ import ipaddress
 import json
 import os
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.request import getproxies
+
+import httpx
 
 from fedssl.deployment.bundle import own_digest
 from fedssl.deployment.checks import (
@@ -34,7 +38,12 @@ from fedssl.deployment.checks import (
 )
 from fedssl.deployment.control import Control, FollowedRun
 from fedssl.deployment.node import POLLING, Node
-from fedssl.deployment.superlink import ConnectionRefused, SuperLinkAddress, unreachable
+from fedssl.deployment.superlink import (
+    ConnectionRefused,
+    SuperLinkAddress,
+    hide_password,
+    unreachable,
+)
 from fedssl.errors import WARNING, UserError
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -73,7 +82,7 @@ def client_app(arguments: Sequence[str] | None = None) -> None:
     def job() -> None:
         os.umask(0o077)  # a node's cache holds images; its children inherit this
         link = check_link(given)
-        os.environ.update(without_proxy(link.host))
+        pass_proxies(link)
         node_config = check_node_config(given.node_config)
         port = free_port() if given.port is None else check_port(given.port)
         node_config["client-app"] = check_app(given.app, "clientapp")
@@ -114,7 +123,7 @@ def server_app(arguments: Sequence[str] | None = None) -> None:
 
     def job() -> None:
         link = check_link(given)
-        os.environ.update(without_proxy(link.host))
+        pass_proxies(link)
         run_config = check_run_config(given.run_config, given.overrides)
         check_app(given.app, "serverapp")
         try:
@@ -161,14 +170,43 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, **fixed, **changes}
 
 
+def pass_proxies(link: SuperLinkAddress) -> None:
+    """Change this process's environment so that it goes past the proxies that it need not use.
+
+    Raises:
+        UserError: a proxy is of a kind that Flower's connections do not know.
+    """
+    os.environ.update(without_proxy(link.host))
+    for name, url in getproxies().items():
+        try:
+            httpx.Client(proxy=url if "://" in url else f"http://{url}").close()
+        except (ValueError, ImportError, httpx.InvalidURL) as error:
+            if name == "no":
+                continue
+            variable = f"{name}_proxy"
+            raise UserError(
+                f"{variable}={hide_password(url)}: Flower's connections know no such proxy, only "
+                f"http://HOST:PORT; leave it out, as with `env -u {variable} -u "
+                f"{variable.upper()} COMMAND`"
+            ) from error
+
+
 def without_proxy(host: str = "localhost") -> dict[str, str]:
     """Give the variables that lead past an HTTP proxy to this machine and to a private address."""
-    given = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
-    names = [*filter(None, given.split(",")), *LOOPBACK]
-    with suppress(ValueError):  # a name
-        names += [host] if ipaddress.ip_address(host).is_private else []
+    given = ",".join(os.environ.get(name, "") for name in ("NO_PROXY", "no_proxy"))
+    names = [*filter(None, map(str.strip, given.split(","))), *LOOPBACK]
+    names += [host] if _is_near(host) else []
     joined = ",".join(dict.fromkeys(names))
     return {"NO_PROXY": joined, "no_proxy": joined}
+
+
+def _is_near(host: str) -> bool:
+    """Tell whether all addresses of a host are private, so that no proxy leads there."""
+    try:
+        found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    except OSError:  # a name that only a proxy knows
+        return False
+    return not any(ipaddress.ip_address(address.split("%")[0]).is_global for address in found)
 
 
 def _parser(name: str, example: str, kind: str) -> argparse.ArgumentParser:

@@ -119,14 +119,17 @@ class Control:
             said = FlowerError.from_json(error.response.text)
             if said and said.code == ApiErrorCode.RUN_ID_NOT_FOUND:
                 raise RunUnknown(said.message) from error
-            details = f"{said.message} {said.public_details or ''}" if said else CLOSED
+            unsaid = f"leave the proxy out with no_proxy={self._link.host}"
+            unsaid = unsaid if self._link.proxy else CLOSED
+            details = f"{said.message} {said.public_details or ''}" if said else unsaid
+            code = error.response.status_code
             raise RuntimeError(
-                f"the SuperLink at {self._link.address} answers {error.response.status_code}: "
+                f"the SuperLink at {self._link.address}{self._link.proxy} answers {code}: "
                 f"{' '.join(details.split())}"
             ) from error
         except httpx.TransportError as error:
             raise RuntimeError(
-                f"the SuperLink at {self._link.address} is gone ({error})"
+                f"the SuperLink at {self._link.address}{self._link.proxy} is gone ({error})"
             ) from error
 
 

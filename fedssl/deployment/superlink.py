@@ -5,6 +5,7 @@ import ssl
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.request import getproxies, proxy_bypass
 
 PROBE_TIMEOUT_S = 5.0
 PROBE_EVERY_S = 2.0
@@ -36,6 +37,15 @@ class SuperLinkAddress:
     def host(self) -> str:
         """The name or address, without brackets."""
         return self.address.rpartition(":")[0].strip("[]")
+
+    @property
+    def proxy(self) -> str:
+        """Say through which HTTP proxy Flower's connections go, for the end of a line; or ""."""
+        if proxy_bypass(self.host):
+            return ""
+        proxies = getproxies()
+        url = proxies.get("http" if self.insecure else "https") or proxies.get("all")
+        return f", by the proxy {hide_password(url)}" if url else ""
 
     def probe(self) -> None:
         """Ask for a sign of life: any answer but a broken server's or an orphaned proxy's.
@@ -101,6 +111,12 @@ class SuperLinkAddress:
                 "the one that it has for this node with --certificate"
             )
         return f"it asks for a client certificate ({reason}); give the node's with --certificate"
+
+
+def hide_password(url: str) -> str:
+    """Write the URL of a proxy without who uses it."""
+    scheme, separator, rest = url.rpartition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
 
 
 def await_superlink(link: SuperLinkAddress, max_wait_s: float) -> None:

@@ -59,9 +59,10 @@ def find_machines(ray_address: str | None) -> list[Machine]:
             started on this machine; None for no cluster.
 
     Raises:
-        UserError: no cluster answers there.
+        UserError: no cluster answers there, or this machine can't reach itself.
     """
     if ray_address is None:
+        _check_loopback()
         return [Machine(count_cores(), torch.cuda.device_count())]
     import ray
 
@@ -70,6 +71,18 @@ def find_machines(ray_address: str | None) -> list[Machine]:
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     machines = [Machine(int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in alive]
     return [machine for machine in machines if machine.cores]
+
+
+def _check_loopback() -> None:
+    """Make sure that processes of this machine reach each other; Ray would try for minutes."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise UserError(
+            f"127.0.0.1: this machine can't reach itself ({error.strerror}), which the clients' "
+            "processes have to; bring its loopback interface up, as with `ip link set lo up`"
+        ) from error
 
 
 def _join_cluster(address: str) -> None:

@@ -1,11 +1,10 @@
 """Any set of runs as a table and a plot with spread."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -13,10 +12,10 @@ from matplotlib.ticker import MaxNLocator
 from fedssl.config.compose import flatten
 from fedssl.data.sources.base import NAMELESS
 from fedssl.errors import UserError
+from fedssl.reporting.figures import save_figure
 from fedssl.runs.directory import LATEST, RunDirectory
 from fedssl.runs.resume import HARMLESS, HARMLESS_GROUPS
 
-matplotlib.rcParams["text.parse_math"] = False  # values may hold dollar signs
 MAIN_METRIC = "linear head, 10 %"
 SEED = "seed"
 # What goes with a choice says nothing new: it counts only where runs of the same choice differ.
@@ -51,9 +50,12 @@ def find_runs(places: Sequence[Path]) -> list[RunDirectory]:
 def read_settings(run: RunDirectory) -> dict[str, Any]:
     """Read what a run was configured with, as far as it decides the result.
 
-    A setting without a value is left out: an older run may not have known it.
+    A setting without a value is left out: an older run may not have known it. Images are
+    named as its evaluation names them: a folder by its own name, too.
     """
     leaves = flatten(run.load_config())
+    titles = [r["dataset"] for r in run.read_results() if r.get("own_images") and "dataset" in r]
+    leaves["dataset.name"] = titles[-1] if titles else leaves["dataset.name"]
     kept = HARMLESS - {"num_rounds", "precision", "max_update_ratio"}
     return {
         key: str(value) if isinstance(value, list) else value
@@ -63,25 +65,54 @@ def read_settings(run: RunDirectory) -> dict[str, Any]:
     }
 
 
-def read_scores(run: RunDirectory) -> dict[str, float]:
+def read_scores(run: RunDirectory, namesakes: Container[str] = ()) -> dict[str, float]:
     """Read every score of a run in percent, the newest of a kind, and its minutes of training.
 
     A score on other images than those of the training is of a kind of its own, which
-    their name tells.
+    their name tells; where several have that name, a part of their checksum, too.
+
+    Args:
+        namesakes: the names that several sets of images have.
+
+    Raises:
+        UserError: an evaluation lacks something.
     """
+    try:
+        return _read_scores(run, namesakes)
+    except (KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{run.results}: damaged ({reason}); move it away and evaluate again"
+        ) from error
+
+
+def _read_scores(run: RunDirectory, namesakes: Container[str]) -> dict[str, float]:
     scores = {}
     trained_on = run.load_config().dataset.name or NAMELESS
     for result in run.read_results():
         labels = f"{100 * result['protocol']['label_fraction']:g} %"
         dataset = result.get("dataset", trained_on)
         if not result.get("own_images", dataset == trained_on):
-            labels = f"{labels} of {dataset}"
+            which = f" {result['images'][:8]}" if dataset in namesakes else ""
+            labels = f"{labels} of {dataset}{which}"
         for row in result["rows"]:
             whose = "" if row["encoder"] == "federated SimCLR" else f"{row['encoder']}, "
             scores[f"{whose}{row['method']}, {labels}"] = 100 * row["mean"]
     if scores:
         scores["minutes"] = sum(metrics.seconds or 0 for metrics in run.read_metrics()) / 60
     return scores
+
+
+def find_namesakes(runs: Sequence[RunDirectory]) -> set[str]:
+    """List the names under which runs of one seed were evaluated on different images.
+
+    Another seed may split the same images otherwise.
+    """
+    contents: dict[tuple[str, int], set[str]] = {}
+    for result in (result for run in runs for result in run.read_results()):
+        if "images" in result and not result.get("own_images"):
+            contents.setdefault((result["dataset"], result["seed"]), set()).add(result["images"])
+    return {name for (name, _), known in contents.items() if len(known) > 1}
 
 
 def gather(runs: Sequence[RunDirectory]) -> tuple[pd.DataFrame, list[str], list[RunDirectory]]:
@@ -92,8 +123,9 @@ def gather(runs: Sequence[RunDirectory]) -> tuple[pd.DataFrame, list[str], list[
         them; and the runs left out because nothing was evaluated.
     """
     rows, empty = [], []
+    namesakes = find_namesakes(runs)
     for run in runs:
-        scores = read_scores(run)
+        scores = read_scores(run, namesakes)
         if scores:
             rows.append((read_settings(run), scores))
         else:
@@ -147,7 +179,8 @@ def _title(setting: str) -> str:
 
 
 def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    plain = [" ".join(cell.split()).replace("|", "\\|") for cell in cells]
+    return f"| {' | '.join(plain)} |"
 
 
 def _short(value: Any) -> str:
@@ -171,9 +204,10 @@ def draw_comparison(frame: pd.DataFrame, settings: Sequence[str], metric: str, f
     """
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
+    drawn = {}
     for label, x, part in _lines(summarize(frame, settings), settings):
         means, stds = part[metric, "mean"], part[metric, "std"].fillna(0)
-        axes.errorbar(x, means, yerr=stds, marker="o", capsize=4, label=label or None)
+        drawn[label] = axes.errorbar(x, means, yerr=stds, marker="o", capsize=4)
     if settings:
         axes.set_xlabel(_title(settings[0]))
     if settings and pd.api.types.is_integer_dtype(frame[settings[0]]):
@@ -182,8 +216,9 @@ def draw_comparison(frame: pd.DataFrame, settings: Sequence[str], metric: str, f
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     if len(settings) > 1:
-        axes.legend(title=", ".join(map(_title, settings[1:])), frameon=False)
-    figure.savefig(file, dpi=150)
+        title = ", ".join(map(_title, settings[1:]))
+        axes.legend(list(drawn.values()), list(drawn), title=title, frameon=False)
+    save_figure(figure, file, dpi=150)
 
 
 def _lines(
@@ -204,5 +239,5 @@ def _lines(
     for choice, group in groupby(ordered, key=others):
         part = list(group)
         firsts = [values(index)[0] for index in part]
-        numeric = all(isinstance(first, int | float) for first in firsts)
+        numeric = all(isinstance(first, int | float) and first == first for first in firsts)
         yield ", ".join(choice), firsts if numeric else list(map(_short, firsts)), table.loc[part]

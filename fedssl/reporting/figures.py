@@ -1,6 +1,7 @@
 """Pictures of a run: arrays in, a PNG out, each written as a whole."""
 
 import math
+import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -12,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from fedssl.evaluation.knn import nearest_neighbours
@@ -28,6 +30,7 @@ MAX_LETTERS = 11  # of a class's name
 LEGEND_COLUMNS = 5
 MANY_COLORS = "turbo"  # by class number
 MAX_NAMES = 20  # classes with a name and a colour that can be told apart
+CONTROL = ("Cc", "Cf", "Zl", "Zp")  # letters that do something instead of being seen
 REPRESENTATION = (
     ("effective_rank", "effective rank", (COLLAPSED_RANK, "below: collapsed")),
     ("uniformity", "uniformity", (COLLAPSED_UNIFORMITY, "above: collapsed")),
@@ -57,7 +60,7 @@ def draw_loss_graph(rounds: Sequence[RoundMetrics], file: Path, title: str) -> N
     axes.set_title(f"{title}, {count} clients", color=INK, loc="left")
     _style(axes, "loss (nats)")
     axes.legend(title="mean over clients; band: all clients", frameon=False, alignment="left")
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def draw_knn(rounds: Sequence[RoundMetrics], file: Path) -> None:
@@ -67,7 +70,7 @@ def draw_knn(rounds: Sequence[RoundMetrics], file: Path) -> None:
     axes.plot(_column(rounds, "round"), _column(rounds, "knn"), color=BLUE, marker="o")
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     _style(axes, "kNN accuracy, top-1")
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def draw_representation(rounds: Sequence[RoundMetrics], file: Path) -> None:
@@ -81,7 +84,7 @@ def draw_representation(rounds: Sequence[RoundMetrics], file: Path) -> None:
             axes.legend(frameon=False, fontsize="small")
         _style(axes, name)
         axes.label_outer()
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def draw_map(
@@ -99,15 +102,17 @@ def draw_map(
     figure = Figure(figsize=(WIDTH, 2.9 + 0.25 * lines), layout="constrained")
     colors = _class_colors(len(class_names))
     for axes, (title, points) in zip(figure.subplots(1, len(maps)), maps.items(), strict=True):
-        for label, (name, color) in enumerate(zip(_short(class_names), colors, strict=True)):
+        shown = []
+        for label, color in enumerate(colors):
             dots = points[labels == label]
-            axes.scatter(dots[:, 0], dots[:, 1], s=5, color=color, linewidth=0, label=name)
+            shown.append(axes.scatter(dots[:, 0], dots[:, 1], s=5, color=color, linewidth=0))
         axes.set_title(title, color=INK, fontsize="medium")
         axes.set(xticks=[], yticks=[], box_aspect=1)
         axes.spines[:].set_color("#dddddd")
     if few:
         figure.legend(
-            *axes.get_legend_handles_labels(),
+            shown,  # with their names, since a label of its own may not start with "_"
+            [_shortened(name, MAX_LETTERS) for name in drawable(class_names)],
             loc="outside lower center",
             ncols=LEGEND_COLUMNS,
             frameon=False,
@@ -122,7 +127,7 @@ def draw_map(
         bar = figure.colorbar(scale, ax=figure.axes, orientation="horizontal", aspect=50, pad=0.03)
         bar.set_label("class number", color=INK, fontsize="small")
         bar.outline.set_visible(False)
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def draw_neighbours(
@@ -140,6 +145,7 @@ def draw_neighbours(
         queries: rows of them.
         names: of the rows' classes, shown below the images.
     """
+    names = drawable(names) if names else None
     count = min(NEAREST, len(features) - 1)
     rows, similarity = nearest_neighbours(features, np.asarray(queries), count)
     text = 0.36 if names else 0.22  # inches below each image
@@ -158,7 +164,23 @@ def draw_neighbours(
             axes.set_xlabel("\n".join(filter(None, lines)), fontsize=7, labelpad=2)
     grid[0, 0].set_title("query", fontsize=9, color=INK)
     grid[0, 2].set_title("its nearest, by cosine similarity", fontsize=9, color=INK, loc="left")
-    _save(figure, file)
+    save_figure(figure, file)
+
+
+def drawable(names: Sequence[str | None]) -> list[str]:
+    """Write names of classes with what the font can draw, each on one line.
+
+    Whoever has other letters is shown by its number among the names, in their order.
+    """
+    known = get_font(findfont(FontProperties())).get_charmap()
+    numbers = {name: number for number, name in enumerate(sorted(set(filter(None, names))))}
+
+    def write(name: str) -> str:
+        printed = "".join(" " if unicodedata.category(c) in CONTROL else c for c in name).strip()
+        drawn = printed and all(ord(letter) in known for letter in printed)
+        return printed if drawn else f"class {numbers[name]}"
+
+    return [write(name) if name else "" for name in names]
 
 
 def _shortened(name: str, length: int = 12) -> str:
@@ -187,7 +209,8 @@ def draw_partitions(counts: np.ndarray, class_names: Sequence[str], file: Path) 
     axes = figure.add_subplot()
     shown = axes.imshow(counts.T, cmap="Blues", vmin=0, aspect="auto", interpolation="nearest")
     if len(class_names) <= MAX_NAMES:
-        axes.set_yticks(range(len(class_names)), _short(class_names))
+        written = [_shortened(name, MAX_LETTERS) for name in drawable(class_names)]
+        axes.set_yticks(range(len(class_names)), written)
     axes.set_ylabel("class")
     if len(counts) <= 10:
         for (partition, label), count in np.ndenumerate(counts):
@@ -197,7 +220,7 @@ def draw_partitions(counts: np.ndarray, class_names: Sequence[str], file: Path) 
     axes.set_xlabel("partition")
     axes.spines[:].set_visible(False)
     figure.colorbar(shown, label="images").outline.set_visible(False)
-    return _save(figure, file)
+    return save_figure(figure, file)
 
 
 def _draw_spread(counts: np.ndarray, file: Path) -> None:
@@ -210,11 +233,7 @@ def _draw_spread(counts: np.ndarray, file: Path) -> None:
     for axes, values, name in zip(figure.subplots(2), (sizes, mixed), names, strict=True):
         axes.hist(values, bins=20, color=BLUE)
         _style(axes, "partitions", name)
-    _save(figure, file)
-
-
-def _short(names: Sequence[str]) -> list[str]:
-    return [name if len(name) <= MAX_LETTERS else name[: MAX_LETTERS - 1] + "…" for name in names]
+    save_figure(figure, file)
 
 
 def _class_colors(count: int) -> np.ndarray:
@@ -244,8 +263,10 @@ def _style(axes: Axes, what: str, over: str = "round") -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _save(figure: Figure, file: Path) -> None:
+def save_figure(figure: Figure, file: Path, dpi: int = 185) -> None:
+    """Write a picture as a whole; what the font can't draw is a box, without a word about it."""
     image = BytesIO()
-    with warnings.catch_warnings(action="ignore"):  # of letters that its font lacks
-        figure.savefig(image, dpi=185)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(image, dpi=dpi)
     write_atomically(file, image.getvalue())

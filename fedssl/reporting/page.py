@@ -32,7 +32,8 @@ def write_report(
     """
     rounds = read_rounds(run)
     headings, *lines = table_of_rounds(rounds)
-    results = run.read_results()
+    evaluations, sources = describe_results(run)
+    overrides = run.read_overrides()
     try:
         pictures = draw_pictures(run, facts, settings, rounds, images)
         page = (
@@ -43,22 +44,42 @@ def write_report(
                 facts=facts,
                 clients=max(len(metrics.clients) for metrics in rounds),
                 done=rounds[-1].round,
-                evaluations=[
-                    {"title": evaluation_title(result), **result} for result in reversed(results)
-                ],
+                evaluations=evaluations,
                 pictures=pictures,
                 troubles=list_troubles(rounds),
                 nodes=list_nodes(rounds),
                 columns=headings,
                 rounds=lines,
-                overrides=run.read_overrides(),
+                overrides=overrides,
                 settings=flatten_mapping(facts.settings),
-                sources=list_sources(results),
+                sources=sources,
             )
         )
         write_atomically(run.report, page.encode())
     except OSError as error:
         raise RuntimeError(f"can't write to {run.path}: {error.strerror}") from error
+
+
+def describe_results(run: RunDirectory) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """List a run's evaluations with their titles, the newest first, and `list_sources` of them.
+
+    Raises:
+        UserError: one lacks something.
+    """
+    results = run.read_results()
+    try:
+        for row in (row for result in results for row in result["rows"]):
+            top1(row)
+        titled = [
+            {"title": evaluation_title(result), "round": result["round"], "rows": result["rows"]}
+            for result in reversed(results)
+        ]
+        return titled, list_sources(results)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{run.results}: damaged ({reason}); move it away and evaluate again"
+        ) from error
 
 
 def read_rounds(run: RunDirectory) -> list[RoundMetrics]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from yaml import YAMLError
 
 from fedssl.config.checks import check_settings
@@ -121,10 +121,22 @@ class RunDirectory:
         """Read the overrides that the run was started with, under today's names.
 
         There are none if the run did not keep them.
+
+        Raises:
+            UserError: the file is damaged.
         """
         if not self.overrides.is_file():
             return []
-        return modernize_overrides(list(map(str, OmegaConf.load(self.overrides))))[0]
+        try:
+            overrides = OmegaConf.load(self.overrides)
+            if not isinstance(overrides, ListConfig):
+                raise ValueError("no list")
+        except (OSError, ValueError, YAMLError) as error:
+            raise UserError(
+                f"{self.overrides}: damaged ({error}); put what the run was started with there, "
+                "a line each, as in `- num_rounds=3`"
+            ) from error
+        return modernize_overrides(list(map(str, overrides)))[0]
 
     def write_metrics(self, rounds: Sequence[RoundMetrics]) -> None:
         """Write metrics.jsonl, a line a round."""
@@ -189,12 +201,14 @@ class RunDirectory:
         if not self.results.is_file():
             return []
         try:
-            results = list(json.loads(self.results.read_bytes()))
+            results = json.loads(self.results.read_bytes())
+            if not isinstance(results, list):
+                raise ValueError("no list")
             for number, result in enumerate(results, start=1):
                 if not isinstance(result, dict) or not isinstance(result.get("rows"), list):
                     raise ValueError(f"entry {number} is no evaluation")
             return results
-        except (ValueError, TypeError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise UserError(
                 f"{self.results}: damaged ({error}); move it away and evaluate again"
             ) from error

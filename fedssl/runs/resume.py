@@ -97,6 +97,7 @@ def check_continuation(wanted: Continuation) -> Checkpoint | None:
     """
     run = wanted.find_run()
     check_same(flatten_mapping(wanted.settings), flatten(run.load_config()))
+    results = run.read_results()
     checkpoint = newest_intact(run, lambda line: None)
     if checkpoint is None:
         return None
@@ -105,7 +106,7 @@ def check_continuation(wanted: Continuation) -> Checkpoint | None:
             f"num_rounds={wanted.num_rounds}: the run has done {checkpoint.round}; give at least "
             "that, or more to go on"
         )
-    if checkpoint.round == wanted.num_rounds and run.read_results():
+    if checkpoint.round == wanted.num_rounds and results:
         raise UserError(
             f"resume={wanted.resume}: all {wanted.num_rounds} rounds are done and evaluated; give "
             "more num_rounds to go on"

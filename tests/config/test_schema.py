@@ -132,3 +132,33 @@ def test_values_stay_what_was_given():
 def test_the_files_of_conf_name_only_options_that_are_there():
     for file in CONF.rglob("*.yaml"):
         assert file.parent == CONF or file.parent.name in (*GROUPS, "experiment"), Path(file)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("dataset.std=[0,0,0]", "must be a list of 3 numbers, 0.001 to 1"),
+        ("dataset.std=[-1,1,1]", "must be a list of 3 numbers, 0.001 to 1"),
+        ("dataset.mean=[128,128,128]", "must be a list of 3 numbers, 0 to 1"),
+        ("augment.crop_scale=[0.5,2]", "must be a list of 2 numbers, 0 to 1"),
+        ("strategy=fedtrimmedavg strategy.beta=0.5", "must be at least 0 and below 0.5"),
+        ("round_timeout_s=99999999999999999999", "must be at most 2147483647"),
+        ("model.projection_size=99999999999999999999", "must be at most 2147483647"),
+        ("method.temperature=1e-40", "must be 0, or of a size from 1e-30 to 1e+30"),
+        ("optimizer.learning_rate=1e308", "must be 0, or of a size from 1e-30 to 1e+30"),
+        ("train.round_fractions=[1e-300]", "must be 0, or of a size from 1e-30 to 1e+30"),
+        ("min_nodes=6", "there are only num_clients=5"),
+        ("min_results=3 strategy.fraction_train=0.4", "at most 2 can come back from a round"),
+        ("min_results=3 participants=[0,0,1]", "at most 2 can come back from a round"),
+        ("strategy=krum strategy.num_malicious_nodes=5", "must be below num_clients=5"),
+    ],
+)
+def test_numbers_that_nothing_can_be_done_with_are_refused(overrides, message):
+    with pytest.raises(UserError) as error:
+        load_config("config", overrides.split())
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_at_a_federation_more_nodes_may_come_than_are_dealt_out_to():
+    load_config("config", ["min_results=6"], federated=True)

@@ -21,7 +21,13 @@ from fedssl.deployment.checks import (
     check_run_config,
     free_port,
 )
-from fedssl.deployment.commands import _parser, environment, without_proxy, write_toml
+from fedssl.deployment.commands import (
+    _parser,
+    environment,
+    pass_proxies,
+    without_proxy,
+    write_toml,
+)
 from fedssl.deployment.node import Node, Presence, reason_of
 from fedssl.deployment.process import ChildProcess
 from fedssl.deployment.superlink import (
@@ -338,3 +344,48 @@ def test_a_node_that_loses_its_superlink_connects_again(node, capsys):
         node("lost", 0.5).run()
     assert node.starts() > 1
     assert "it connects again" in capsys.readouterr().out
+
+
+def test_both_spellings_of_no_proxy_count_and_names_of_private_addresses(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "a.example, b.example")
+    monkeypatch.setenv("no_proxy", "c.example")
+    known = {
+        "near.example": "192.168.1.5",
+        "shared.example": "100.64.0.1",
+        "far.example": "8.8.8.8",
+    }
+
+    def resolve(host, port):
+        return [(None, None, None, "", (known[host], 0))]
+
+    monkeypatch.setattr("socket.getaddrinfo", resolve)
+    names = without_proxy("near.example")["no_proxy"].split(",")
+    assert names[:3] == ["a.example", "b.example", "c.example"]
+    assert names[-1] == "near.example"
+    assert "shared.example" in without_proxy("shared.example")["no_proxy"]
+    assert "far.example" not in without_proxy("far.example")["no_proxy"]
+
+
+@pytest.mark.parametrize("name", ["all_proxy", "http_proxy", "https_proxy"])
+@pytest.mark.parametrize("url", ["socks://me:word@127.0.0.1:1080/", "socks5://127.0.0.1:1"])
+def test_a_proxy_that_flower_cannot_use_is_named(monkeypatch, name, url):
+    for other in ("all_proxy", "http_proxy", "https_proxy"):
+        monkeypatch.delenv(other, raising=False)
+        monkeypatch.delenv(other.upper(), raising=False)
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv(name, url)
+    with pytest.raises(UserError, match=f"{name}=socks") as error:
+        pass_proxies(NOBODY)
+    assert "word" not in str(error.value)
+    monkeypatch.setenv(name, "proxy.example:3128")
+    pass_proxies(NOBODY)
+    assert NOBODY.proxy == ""
+
+
+def test_a_line_names_the_proxy_that_leads_to_a_public_address(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://me:word@proxy.example:3128")
+    monkeypatch.setenv("no_proxy", "localhost")
+    assert SuperLinkAddress("8.8.8.8:8000", True, None).proxy == (
+        ", by the proxy http://proxy.example:3128"
+    )

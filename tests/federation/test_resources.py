@@ -77,3 +77,12 @@ def test_a_cluster_that_is_not_there_gets_one_line():
         address = f"127.0.0.1:{probe.getsockname()[1]}"
         with pytest.raises(UserError, match=r"no answer .*ray start --head"):
             find_machines(address)
+
+
+def test_a_machine_that_cannot_reach_itself_is_told_at_once(monkeypatch):
+    def refuse(*given, **named):
+        raise OSError(101, "Network is unreachable")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    with pytest.raises(UserError, match=r"Network is unreachable.*ip link set lo up"):
+        find_machines(None)

@@ -146,3 +146,36 @@ def test_the_command_writes_table_lines_and_plot(sweep, tmp_path):
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: --metric=speed: not among these runs; known: ")
     assert len(wrong.stderr.splitlines()) == 1
+    for flag in ("--metric=num_clients", "--out=.", "--out=/nowhere/x"):
+        wrong = subprocess.run([*command, flag], capture_output=True, text=True)
+        assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1)
+        assert wrong.stderr.startswith(f"error: {flag}")
+
+
+def mark(folder, *marks):
+    """Say of a run's evaluation which images it was made on; of several, it is there as often."""
+    file = folder / "results.json"
+    (entry,) = json.loads(file.read_text())
+    file.write_text(json.dumps([{**entry, "seed": 0, **each} for each in marks]))
+
+
+def test_runs_on_folders_of_different_names_are_not_averaged(tmp_path):
+    for name, top1 in (("cats", 0.9), ("cars|vans", 0.1)):
+        make_run(tmp_path / name, top1, ["dataset=imagefolder"])
+        mark(tmp_path / name, {"dataset": f"imagefolder {name}", "own_images": True, "images": "0"})
+    frame, settings, _ = gather(find_runs([tmp_path]))
+    assert settings == ["dataset.name"]
+    lines = to_markdown(summarize(frame, settings)).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| imagefolder cars\\|vans",
+        "| imagefolder cats",
+    ]
+
+
+def test_images_of_one_name_and_different_content_are_told_apart(tmp_path):
+    make_run(tmp_path / "run", 0.6)
+    other = {"dataset": "imagefolder labelled", "own_images": False}
+    mark(tmp_path / "run", {**other, "images": "a" * 64}, {**other, "images": "b" * 64})
+    frame, _, _ = gather(find_runs([tmp_path]))
+    for content in ("aaaaaaaa", "bbbbbbbb"):
+        assert frame[f"linear head, 10 % of imagefolder labelled {content}"].tolist() == [60]

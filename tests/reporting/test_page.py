@@ -1,6 +1,7 @@
 """The page of a run, also as a browser shows it, and TensorBoard's curves."""
 
 import re
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -18,8 +19,16 @@ from fedssl.data.image_set import Images, ImageSet
 from fedssl.errors import UserError
 from fedssl.evaluation.features import extract_features
 from fedssl.reporting import sections as pictures
-from fedssl.reporting.figures import MAX_NAMES, draw_map, draw_neighbours, draw_partitions
+from fedssl.reporting.figures import (
+    MAX_NAMES,
+    draw_map,
+    draw_neighbours,
+    draw_partitions,
+    drawable,
+)
+from fedssl.reporting.page import describe_results
 from fedssl.reporting.sections import picture_map, picture_partitions
+from fedssl.runs.directory import RunDirectory
 from fedssl.runs.metrics import Failure
 from main import try_report
 from scripts.report import prepare
@@ -240,7 +249,9 @@ def test_a_map_keeps_apart_what_is_apart():
 
 def test_a_map_of_many_classes_has_a_scale_of_their_numbers(monkeypatch):
     drawn = []
-    monkeypatch.setattr("fedssl.reporting.figures._save", lambda figure, file: drawn.append(figure))
+    monkeypatch.setattr(
+        "fedssl.reporting.figures.save_figure", lambda figure, file: drawn.append(figure)
+    )
     points, labels = np.zeros((30, 2), dtype=np.float32), np.arange(30)
     for count in (MAX_NAMES, MAX_NAMES + 1):
         names = [f"class {n}" for n in range(count)]
@@ -282,3 +293,52 @@ def test_letters_that_the_font_lacks_print_nothing(tmp_path, recwarn, capfd):
     assert (tmp_path / "dealt.png").is_file()
     assert [str(each.message) for each in recwarn if "Glyph" in str(each.message)] == []
     assert capfd.readouterr().err == ""
+
+
+def test_names_that_the_font_lacks_are_numbers_and_no_name_is_lost(tmp_path, rng, monkeypatch):
+    names = ["_under", "new\nline", "日本", "שלום", "\u202etxt", "\t"]
+    written = ["_under", "new line", "class 5", "שלום", "txt", "class 0"]
+    assert drawable(names) == written
+    assert drawable([None, "日本", "日本", ""]) == ["", "class 0", "class 0", ""]
+    points, labels = rng.random((30, 2), dtype=np.float32), np.arange(30) % len(names)
+    drawn = []
+    save = "fedssl.reporting.figures.save_figure"
+    with monkeypatch.context() as patched:
+        patched.setattr(save, lambda figure, file: drawn.append(figure))
+        draw_map({"before": points, "after": points}, labels, names, tmp_path / "map.png")
+    (legend,) = drawn[0].legends
+    assert [text.get_text() for text in legend.texts] == written
+    with warnings.catch_warnings(action="error"):
+        draw_map({"日本": points, "after": points}, labels, names, tmp_path / "map.png")
+        draw_partitions(np.ones((2, 6), dtype=int), names, tmp_path / "partitions.png")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[[[", "damaged"),
+        ("{}", "no list"),
+        ("[" * 100_000, "damaged"),
+        ('[{"rows": 5}]', "entry 1 is no evaluation"),
+        ('[{"rows": []}]', "KeyError: 'protocol'"),
+        ('[{"protocol": {"label_fraction": 1}, "rows": [{"encoder": "a"}]}]', "KeyError: 'std'"),
+        (
+            '[{"protocol": {"label_fraction": 1}, "rows": [{"encoder": "a", "method": "b", '
+            '"mean": 1}]}]',
+            "KeyError: 'std'",
+        ),
+    ],
+)
+def test_damaged_results_get_one_line(tmp_path, text, message):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        describe_results(RunDirectory(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["a: [", "5", "seed: 3", "\x00"])
+def test_damaged_overrides_get_one_line(tmp_path, text):
+    (tmp_path / "overrides.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"overrides\.yaml: damaged") as error:
+        RunDirectory(tmp_path).read_overrides()
+    assert "\n" not in str(error.value)

@@ -82,7 +82,7 @@ def test_metrics_are_kept_one_a_round(run):
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("[{", "double quotes"), ("5", "iterable"), ('[{"rows": []}, {"a": 1}]', "entry 2 is no")],
+    [("[{", "double quotes"), ("5", "no list"), ('[{"rows": []}, {"a": 1}]', "entry 2 is no")],
 )
 def test_damaged_results_are_named(run, text, reason):
     run.add_result({"rows": []})
