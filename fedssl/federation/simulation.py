@@ -53,6 +53,9 @@ def _start_ray(resources: ClientResources) -> None:
     """Start Ray on this machine, unless a cluster was joined.
 
     Flower would do it, too; but Ray then keeps SIGTERM to itself.
+
+    Raises:
+        RuntimeError: it does not start, such as on a machine with too much to do.
     """
     import ray
 
@@ -70,6 +73,9 @@ def _start_ray(resources: ClientResources) -> None:
             log_to_driver=False,
             runtime_env={"env_vars": {"PYTHONPATH": path}},
         )
+    except Exception as error:  # Ray raises nothing more precise
+        reason = str(error).strip().partition("\n")[0]
+        raise RuntimeError(f"Ray did not start ({reason}); start again") from error
     finally:
         if current_thread() is main_thread():
             signal.signal(signal.SIGTERM, earlier)

@@ -14,6 +14,8 @@ import pytest
 from conftest import ROOT
 
 from benchmarks.robustness import kills
+from fedssl.federation import simulation
+from fedssl.federation.resources import ClientResources
 
 PATIENCE = {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}
 STRANGER = """
@@ -60,6 +62,17 @@ def listening(port):
     fields = [line.split() for table in tables for line in table.splitlines()]
     ends = [field[1].split(":") for field in fields if field[3] == "0A"]
     return {address for address, number in ends if int(number, 16) == port}
+
+
+def test_where_ray_does_not_start_a_line_says_so(monkeypatch):
+    import ray
+
+    def time_out(*args, **kwargs):
+        raise Exception("The current node timed out during startup.\nThis could happen because")
+
+    monkeypatch.setattr(ray, "init", time_out)
+    with pytest.raises(RuntimeError, match=r"^Ray did not start \(The current node timed out .*\)"):
+        simulation._start_ray(ClientResources(1, 0, 0, 1))
 
 
 @pytest.mark.slow
