@@ -26,7 +26,13 @@ from fedssl.env import ROOT
 
 RESULTS = ROOT / "results"
 SEEDS = (0, 1, 2)
-# In a comparison the images and steps of all clients together are the same: 840 steps of 64.
+# How the clients of the older comparisons train: momentum begins every round at zero.
+SEVEN_ROUNDS = (
+    *("num_rounds=7", "train.max_steps=24", "train.statistics=averaged"),
+    *("optimizer.momentum_start=zero", "optimizer.muon_learning_rate=0.05"),
+    "optimizer.learning_rate=0.03",
+)
+# In these the images and steps of all clients together are the same: 840 steps of 64.
 TWO_CLASSES = ("partition=pathological", "partition.classes_per_client=2")
 COMPARED: dict[str, tuple[str, Sequence[str]]] = {  # title in the table, and overrides
     "clients-5": ("5 clients, IID, FedAvg", ()),
@@ -65,6 +71,49 @@ FIRST = "clients-5"  # has the baselines too, which are the same for all runs of
 # Beside that budget what a federation stands between: as many steps one after the other on a fifth
 # of the images, and all images with the steps of both clients of a round one after the other.
 BETWEEN = ("experiment=cifar10_cpu", "strategy.fraction_train=1", "eval.baselines=false")
+# In these the steps of each client are the same, 168 of 64 images, as long as a federation would
+# take, but where the title says otherwise.
+FEDERATIONS: dict[str, tuple[str, Sequence[str]]] = {
+    "alone": ("one of five clients alone", ("participants=[0]",)),
+    "five": ("five clients", ()),
+    "five-7-rounds": ("five clients, in 7 rounds", ("num_rounds=7", "train.max_steps=24")),
+    "five-14-rounds": ("five clients, in 14 rounds", ("num_rounds=14", "train.max_steps=12")),
+    "five-56-rounds": ("five clients, in 56 rounds", ("num_rounds=56", "train.max_steps=3")),
+    "five-plain": (
+        "five clients, in 7 rounds of FedAvg alone",
+        (*SEVEN_ROUNDS, "train.statistics=recomputed"),
+    ),
+    "central-batch": (
+        "all images in one place, the batch of all five",
+        ("num_clients=1", "train.batch_size=320"),
+    ),
+    "central-steps": (
+        "all images in one place, the steps of all five",
+        ("num_clients=1", "train.max_steps=30"),
+    ),
+    "alone-steps": (
+        "one of five clients alone, the steps of all five",
+        ("participants=[0]", "train.max_steps=30"),
+    ),
+    "two-classes-alone": (
+        "one of five clients alone, two classes each",
+        ("participants=[0]", *TWO_CLASSES),
+    ),
+    "two-classes": ("five clients, two classes each", TWO_CLASSES),
+    "two-classes-plain": (
+        "five clients, two classes each, in 7 rounds of FedAvg alone",
+        (*SEVEN_ROUNDS, "train.statistics=recomputed", *TWO_CLASSES),
+    ),
+    **{
+        f"of-20-{count}": (
+            f"{count} of 20 clients",
+            ("num_clients=20", f"participants=[{','.join(map(str, range(count)))}]"),
+        )
+        for count in (1, 2, 5, 10, 20)
+    },
+    "of-50-1": ("1 of 50 clients", ("num_clients=50", "participants=[0]")),
+    "of-50-50": ("50 clients", ("num_clients=50",)),
+}
 BUDGETS = {
     "cifar10_cpu": ["experiment=cifar10_cpu"],
     "cifar10_cpu_client_alone": [*BETWEEN, "participants=[0]"],
@@ -74,10 +123,15 @@ BUDGETS = {
 RUNS: dict[str, list[str]] = BUDGETS | {
     f"sweep/{name}": [
         "experiment=cifar10_sweep",
+        *SEVEN_ROUNDS,
         *overrides,
         *([] if name == FIRST else ["eval.baselines=false"]),
     ]
     for name, (_, overrides) in COMPARED.items()
+}
+RUNS |= {
+    f"federation/{name}": ["experiment=cifar10_sweep", *overrides, "eval.baselines=false"]
+    for name, (_, overrides) in FEDERATIONS.items()
 }
 # The budgets take long, and the other strategies get more seeds once a first one helps.
 ONE_SEED = {*BUDGETS} | {

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
+from omegaconf import OmegaConf
 
 from benchmarks.accuracy import sweep
 from fedssl.config.compose import load_config
@@ -21,6 +23,29 @@ def test_the_clients_of_a_comparison_take_the_same_steps_together(name):
     images = 50_000 / config.num_clients * (1 - config.held_out)
     # so that no round is cut short by the end of its epochs
     assert steps <= images * config.train.local_epochs / config.train.batch_size
+
+
+@pytest.mark.parametrize("name", sweep.FEDERATIONS)
+def test_the_clients_of_a_federation_take_the_same_steps_each(name):
+    config = load_config("config", sweep.RUNS[f"federation/{name}"])
+    plans = map(build_schedule(config).plan, range(1, config.num_rounds + 1))
+    steps = sum(round(plan.fraction * config.train.max_steps) for plan in plans)
+    times = 5 if "the steps of all five" in sweep.FEDERATIONS[name][0] else 1
+    assert steps == 168 * times
+    assert config.train.batch_size == (320 if name == "central-batch" else 64)
+    images = 50_000 / config.num_clients * (1 - config.held_out)
+    assert config.train.max_steps <= images * config.train.local_epochs / config.train.batch_size
+
+
+def test_the_older_comparisons_train_as_they_did():
+    config = load_config("config", sweep.RUNS["sweep/clients-5"])
+    recorded = OmegaConf.load(ROOT / "results" / "sweep" / "clients-5" / "seed1" / "config.yaml")
+    assert config.num_rounds == recorded.num_rounds
+    assert config.train.max_steps == recorded.train.max_steps
+    rates = recorded.train.muon_learning_rate, recorded.train.learning_rate
+    assert (config.optimizer.muon_learning_rate, config.optimizer.learning_rate) == rates
+    assert config.optimizer.momentum_start == "zero"
+    assert config.train.statistics == "averaged"
 
 
 def test_the_sweep_refuses_a_run_that_it_does_not_know(monkeypatch, capsys):
@@ -77,5 +102,6 @@ def test_an_interrupted_run_of_the_sweep_goes_on_where_it_was_with_the_same_reci
     record = tmp_path / "results" / "sweep" / "centralized" / "seed0"
     told = json.loads((record / "commands.json").read_text())
     assert [line["wall_s"] for line in told] == [1.2] * 3
-    assert told[0]["command"].startswith("python main.py experiment=cifar10_sweep num_clients=1")
+    assert told[0]["command"].startswith("python main.py experiment=cifar10_sweep num_rounds=7")
+    assert " num_clients=1 " in told[0]["command"]
     assert "path: null" in (record / "config.yaml").read_text()
