@@ -27,11 +27,19 @@ from fedssl.federation.messages import (
     read_state,
     write_state,
 )
+from fedssl.federation.negatives import NEGATIVES, others, write_projections
 from fedssl.federation.statistics import ACTION, write_moments
 from fedssl.methods.base import Method, local_arrays
 from fedssl.networks.state import load_state
 from fedssl.seeding import generator_for
-from fedssl.training.local import Pixels, TrainSettings, cache_on_device, local_loss, local_train
+from fedssl.training.local import (
+    Pixels,
+    TrainSettings,
+    cache_on_device,
+    local_loss,
+    local_train,
+    projection_moments,
+)
 from fedssl.training.optimizers import split_momentum
 from fedssl.training.schedule import Schedule
 from fedssl.training.statistics import measure_moments
@@ -279,6 +287,7 @@ def train_reply(
         generator=generator_for(state.seed, "train", round_number, client.partition),
         backend=state.backend,
         momentum=momentum,
+        negatives=others(request.get(NEGATIVES), client.partition),
     )
     release_memory()  # before the weights are copied into the reply
     _keep_local(state, context)
@@ -303,7 +312,7 @@ def evaluate_reply(
     """Answer an evaluation message: the loss of the held-out images, same views every round."""
     _load_model(state, message, context)
     round_number = round_of(message)
-    _, rows = state.rows_of(client)
+    own, rows = state.rows_of(client)
     loss, representation = local_loss(
         state.method,
         state.pixels,
@@ -315,7 +324,19 @@ def evaluate_reply(
     )
     metrics: Metrics = {"partition-id": client.partition, "num-examples": len(rows)}
     metrics |= {"eval-loss": loss, **representation}
-    return Message(RecordDict({METRICS: MetricRecord(metrics)}), reply_to=message)
+    content = RecordDict({METRICS: MetricRecord(metrics)})
+    if state.method.shares_projections:
+        moments = projection_moments(
+            state.method,
+            state.pixels,
+            own,
+            state.views_of(round_number),
+            batch_size=state.settings.batch_size,
+            generator=generator_for(state.seed, "projections", round_number, client.partition),
+            backend=state.backend,
+        )
+        content = RecordDict({**content, **write_projections(*moments)})
+    return Message(content, reply_to=message)
 
 
 def statistics_reply(

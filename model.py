@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from fedssl.methods.base import Losses, Method
 from fedssl.networks.encoder import STAGES, Encoder
@@ -29,6 +29,7 @@ class SimCLR(Method):
         projection_hidden: int,
         projection_size: int,
         deep_supervision: Sequence[str] = (),
+        shared_negatives: float = 0.0,
     ) -> None:
         """Put heads at random initialization on an encoder.
 
@@ -36,8 +37,13 @@ class SimCLR(Method):
             temperature: of NT-Xent, above 0.
             projection_hidden, projection_size: widths of the two-layer heads.
             deep_supervision: names of earlier stages with heads of their own.
+            shared_negatives: negatives of other clients for each view of a batch, for the
+                last stage's loss, see fedssl/federation/negatives.py.
         """
         super().__init__()
+        self.shared_negatives, self.shares_projections = shared_negatives, shared_negatives > 0
+        self._points: Tensor | None = None
+        self._generator: Generator | None = None
         self.encoder, self.temperature = encoder, temperature
         sizes = projection_hidden, projection_size
         self.projection_head = make_head(encoder.feature_size, *sizes)
@@ -61,20 +67,32 @@ class SimCLR(Method):
         See `Method.loss`; the last stage's loss is reported, in nats.
         """
         projections, *deep = self.project(views)
-        loss = nt_xent(projections, self.temperature)
+        loss = nt_xent(projections, self.temperature, self._draw_negatives(len(views)))
         total = loss
         if deep:
             total = loss + torch.stack([nt_xent(p, self.temperature) for p in deep]).mean()
         return Losses(total, loss.detach(), projections.detach())
 
+    def take_negatives(self, points: Tensor | None, generator: Generator) -> None:
+        """Take where the projections of other clients lie, see `Method.take_negatives`."""
+        self._points, self._generator = points, generator
 
-def nt_xent(projections: Tensor, temperature: float) -> Tensor:
+    def _draw_negatives(self, views: int) -> Tensor | None:
+        """Draw negatives for a step of training, (shared_negatives * views, D)."""
+        if self._points is None or not len(self._points) or not self.training:
+            return None
+        count = round(self.shared_negatives * views)
+        return self._points[torch.randint(len(self._points), (count,), generator=self._generator)]
+
+
+def nt_xent(projections: Tensor, temperature: float, negatives: Tensor | None = None) -> Tensor:
     """Normalized temperature-scaled cross entropy, equation 1 of the SimCLR paper.
 
     Args:
         projections: (2B, D), B >= 2 images; rows i and i + B are the two views
             of one image. Computed in float32 whatever the dtype.
         temperature: above 0.
+        negatives: (N, D), repelled by all views beside those of the batch.
 
     Returns:
         The mean over all 2B anchors, in nats; log(2B - 1) when all projections
@@ -90,5 +108,8 @@ def nt_xent(projections: Tensor, temperature: float) -> Tensor:
         unit = F.normalize(projections.float(), dim=1)
         similarity = unit @ unit.T / temperature
         similarity.fill_diagonal_(-torch.inf)
+        if negatives is not None:
+            others = unit @ F.normalize(negatives.float(), dim=1).T / temperature
+            similarity = torch.cat([similarity, others], dim=1)
         partner = torch.arange(rows, device=unit.device).roll(rows // 2)
         return F.cross_entropy(similarity, partner)

@@ -35,6 +35,7 @@ from fedssl.federation.resources import (
     plan_resources,
 )
 from fedssl.federation.rounds import Federation, OnRound, ProgressCallback, RoundSettings
+from fedssl.federation.statistics import whole_statistics
 from fedssl.methods.base import Method
 from fedssl.networks.encoder import Encoder, EncoderSettings, stem_for
 from fedssl.networks.state import load_state
@@ -201,7 +202,13 @@ def build_schedule(config: DictConfig) -> Schedule:
 def build_train_settings(config: DictConfig) -> TrainSettings:
     """Build how a client trains in a round."""
     train, optimizer = config.train, OptimizerSettings(**plain(config.optimizer))
-    return TrainSettings(train.local_epochs, train.batch_size, train.max_steps, optimizer)
+    return TrainSettings(
+        train.local_epochs,
+        train.batch_size,
+        train.max_steps,
+        optimizer,
+        train.global_statistics_from,
+    )
 
 
 def load_trained(config: DictConfig, checkpoint: Path, device: torch.device) -> tuple[Method, int]:
@@ -213,7 +220,7 @@ def load_trained(config: DictConfig, checkpoint: Path, device: torch.device) -> 
     method = build_method(config, device)
     loaded = load_checkpoint(checkpoint)
     try:
-        load_state(method, loaded.state)
+        load_state(method, {**loaded.state, **whole_statistics(loaded.beside)})
     except ValueError as error:
         raise UserError(
             f"checkpoint={checkpoint}: of another architecture than {config.model.encoder} "
@@ -298,6 +305,7 @@ def build_federation(
         min_results=config.min_results,
         max_update_ratio=config.max_update_ratio or 0,
         keep_checkpoints=config.keep_checkpoints,
+        projection_size=config.model.projection_size,
         recompute_statistics=config.train.statistics == "recomputed",
         images=image_set.content if image_set else None,
     )
@@ -353,7 +361,7 @@ def run_rounds(
             on_round(metrics)
 
         federation.train(keep, on_progress)
-    encoder = federation.method.encoder
+    encoder = federation.encoder()
     resolution = build_schedule(config).eval_resolution(config.num_rounds)
     run.save_encoder(encoder, resolution, name_of_images(config.dataset), federation.done)
     title = f"{name_of(config.method)} on {name_of_images(config.dataset)}"

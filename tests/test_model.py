@@ -10,10 +10,11 @@ from fedssl.methods.base import local_arrays
 from model import SimCLR, nt_xent
 
 
-def naive_nt_xent(projections, temperature):
+def naive_nt_xent(projections, temperature, negatives=()):
     """Equation 1 of the paper, loop by loop: anchors, their partners, all others."""
     rows = len(projections)
-    unit = [[float(x) / float(z.norm()) for x in z] for z in projections.double()]
+    points = [*projections.double(), *negatives]
+    unit = [[float(x) / float(z.norm()) for x in z] for z in points]
 
     def similarity(i, k):
         total = 0.0
@@ -25,7 +26,7 @@ def naive_nt_xent(projections, temperature):
     for i in range(rows):
         partner = (i + rows // 2) % rows
         others = 0.0
-        for k in range(rows):
+        for k in range(len(points)):
             if k != i:
                 others += math.exp(similarity(i, k))
         total -= math.log(math.exp(similarity(i, partner)) / others)
@@ -42,6 +43,30 @@ def test_nt_xent_equals_the_formula(images, temperature):
     projections = random_projections(images, seed=images)
     expected = naive_nt_xent(projections, temperature)
     assert float(nt_xent(projections, temperature)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_negatives_of_others_stand_among_the_rest_of_the_formula():
+    projections, negatives = random_projections(3), random_projections(4, seed=1).double()
+    expected = naive_nt_xent(projections, 0.3, negatives)
+    assert float(nt_xent(projections, 0.3, negatives)) == pytest.approx(expected, rel=1e-5)
+    assert expected > naive_nt_xent(projections, 0.3) + 0.1
+
+
+def test_simclr_sees_negatives_of_others_in_training_alone(views):
+    torch.manual_seed(0)
+    method = SimCLR(make_encoder(), 0.5, 16, 8, shared_negatives=2.0)
+    assert method.shares_projections
+    plain = [float(method.train(mode).loss(views).reported) for mode in (True, False)]
+    seen = []
+    points = torch.randn(50, 8)
+    for _ in range(2):
+        method.take_negatives(points, torch.Generator().manual_seed(3))
+        seen.append([float(method.train(mode).loss(views).reported) for mode in (True, False)])
+    assert seen[0][0] == seen[1][0] > plain[0]
+    assert seen[0][1] == pytest.approx(plain[1], rel=0.2)  # no more than the statistics moved
+    method.take_negatives(None, torch.Generator())
+    assert method.train()._draw_negatives(4) is None
+    assert not make_simclr().shares_projections
 
 
 def test_nt_xent_does_not_care_which_view_comes_first():

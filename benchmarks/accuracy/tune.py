@@ -122,7 +122,7 @@ def train(
     nodes = Nodes(grid, build_patience(config))
     federation = build_federation(config, nodes, run, image_set=None)
     federation.train(keep)
-    return federation.method.encoder, rounds
+    return federation.encoder(), rounds
 
 
 def score(

@@ -84,6 +84,13 @@ class SimCLR(Method):
     """SimCLR."""
 
     temperature: float = Field(default=0.3, gt=0, description="of the NT-Xent loss")
+    shared_negatives: float = Field(
+        default=0.0,
+        ge=0,
+        le=64,
+        description="negatives of other clients for each view, drawn by the moments of their "
+        "projections, once global_statistics_from is reached; 0: none",
+    )
 
 
 class Augment(Section):
@@ -136,6 +143,13 @@ class Train(Section):
         default="averaged",
         description="BatchNorm's, of the averaged model: averaged too, or recomputed over images "
         "of the clients, which takes a message more",
+    )
+    global_statistics_from: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="share of the run after which training, too, normalizes by BatchNorm's "
+        "statistics of the federation instead of a batch's; 1: never",
     )
 
 

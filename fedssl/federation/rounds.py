@@ -1,5 +1,6 @@
 """The rounds of a federation: ask clients, check their replies, combine them, keep the result."""
 
+import copy
 import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -24,8 +25,21 @@ from fedssl.federation.guards import (
 )
 from fedssl.federation.messages import BUFFERS, CONFIG, pack_tensors, split_state
 from fedssl.federation.monitoring import find_warnings
+from fedssl.federation.negatives import (
+    NEGATIVES,
+    draw_negatives,
+    flatten,
+    newest,
+    read_projections,
+    unflatten,
+)
 from fedssl.federation.nodes import Nodes, OnReplies, no_op
-from fedssl.federation.statistics import pool_statistics, statistics_request
+from fedssl.federation.statistics import (
+    IN_USE,
+    pool_statistics,
+    statistics_request,
+    whole_statistics,
+)
 from fedssl.federation.strategy_state import load_strategy_state_dict, strategy_state_dict
 from fedssl.methods.base import Method
 from fedssl.networks.encoder import Encoder
@@ -56,6 +70,7 @@ class RoundSettings:
         min_results: clients that must come back from a round.
         max_update_ratio: see `reject_outliers`.
         keep_checkpoints: so many of the newest stay.
+        projection_size: numbers of a projection.
         recompute_statistics: whether clients measure BatchNorm's statistics anew after
             averaging, see fedssl/training/statistics.py.
         images: names the content of the images that are trained on, if the server
@@ -67,6 +82,7 @@ class RoundSettings:
     min_results: int
     max_update_ratio: float
     keep_checkpoints: int
+    projection_size: int = 128
     recompute_statistics: bool = False
     images: str | None = None
 
@@ -97,6 +113,8 @@ class Federation:
         self.nodes, self.method, self.strategy = nodes, method, strategy
         self.settings, self.run, self.monitor = settings, run, monitor
         self.momentum = dict(momentum or {})
+        self.whole: dict[str, Tensor] = {}  # the encoder's statistics for whole images
+        self.told: dict[int, Mapping[str, Tensor]] = {}  # moments of projections, the newest last
         self.parameters = arrays_for_strategy(method, "parameters")
         self.names = arrays_for_strategy(method, acts_on, list(self.momentum))
         self.done = 0
@@ -106,7 +124,9 @@ class Federation:
         if checkpoint:
             load_state(self.method, checkpoint.state)
             load_strategy_state_dict(self.strategy, checkpoint.strategy)
-            self.momentum |= checkpoint.momentum
+            self.momentum |= split_momentum(checkpoint.beside)[1]
+            self.whole = whole_statistics(checkpoint.beside)
+            self.told = unflatten(checkpoint.beside)
             self.done = checkpoint.round
 
     def train(self, on_round: OnRound, on_progress: ProgressCallback = no_op) -> None:
@@ -134,7 +154,9 @@ class Federation:
         except TypeError as error:
             raise RuntimeError(f"round {metrics.round}: {error}") from error
         state, images = self.method.state_dict(), self.settings.images
-        checkpoint = Checkpoint(metrics.round, state, strategy, metrics, images, self.momentum)
+        whole = {f"{IN_USE}{name}": value for name, value in self.whole.items()}
+        beside = {**self.momentum, **whole, **flatten(self.told)}
+        checkpoint = Checkpoint(metrics.round, state, strategy, metrics, images, beside)
         save_checkpoint(self.run.checkpoints, checkpoint, self.settings.keep_checkpoints)
         self.run.append_metrics(metrics)
         self.done = metrics.round
@@ -144,13 +166,13 @@ class Federation:
         began = time.perf_counter()
         updates, failures = self._train(round_number, on_progress)
         trained = time.perf_counter()
-        measured, whole, silent = self._renew_statistics(round_number)
+        measured, silent = self._renew_statistics(round_number)
         evaluations, absent = self._ask(round_number, MessageType.EVALUATE, on_progress)
+        absent += self._hear_projections(evaluations)
         self.strategy.aggregate_evaluate(round_number, [each.message for each in evaluations])
-        load_state(self.method, {**self.method.state_dict(), **whole})
         evaluated = time.perf_counter()
-        encoder, monitor = self.method.encoder, self.monitor
-        knn = monitor.accuracy(encoder, round_number) if monitor else None
+        monitor = self.monitor
+        knn = monitor.accuracy(self.encoder(), round_number) if monitor else None
         ended = time.perf_counter()
         metrics = RoundMetrics(
             round=round_number,
@@ -210,19 +232,40 @@ class Federation:
         updates, odd = reject_odd_metrics(updates)
         return updates, failures + odd
 
-    def _renew_statistics(self, round_number: int) -> tuple[int, dict[str, Tensor], list[Failure]]:
-        """Ask those who will evaluate for BatchNorm's statistics, and take those for views.
+    def encoder(self) -> Encoder:
+        """Give the encoder as it is used: with the statistics of whole images, if it has them."""
+        if not self.whole:
+            return self.method.encoder
+        method = copy.deepcopy(self.method)
+        load_state(method, {**method.state_dict(), **self.whole})
+        return method.encoder
+
+    def _renew_statistics(self, round_number: int) -> tuple[int, list[Failure]]:
+        """Ask those who will evaluate for BatchNorm's statistics: for views, and for whole images.
 
         Returns:
-            The number of usable answers, the arrays for whole images, and the failures.
+            The number of usable answers, and the failures.
         """
         if not self.settings.recompute_statistics:
-            return 0, {}, []
+            return 0, []
         messages = map(statistics_request, self._requests(round_number, MessageType.EVALUATE))
         answers = self.nodes.send_and_receive(messages)
         views, whole, failures = pool_statistics(answers, self.nodes.partition_of, self.method)
         load_state(self.method, {**self.method.state_dict(), **views})
-        return len(answers) - len(failures), whole, failures
+        self.whole = whole or self.whole
+        return len(answers) - len(failures), failures
+
+    def _hear_projections(self, evaluations: Sequence[Update]) -> list[Failure]:
+        """Keep what clients tell of their projections, where the method shares them."""
+        failures = []
+        for update in evaluations if self.method.shares_projections else ():
+            try:
+                told = read_projections(update.message.content, self.settings.projection_size)
+                self.told.pop(update.partition, None)
+                self.told = newest({**self.told, update.partition: told})
+            except ValueError as error:
+                failures.append(Failure(update.partition, str(error)))
+        return failures
 
     def _requests(self, round_number: int, kind: str) -> list[Message]:
         """Make the messages to the clients that a round samples, always the same."""
@@ -237,9 +280,11 @@ class Federation:
         )
         grid = cast(Grid, self.nodes)  # strategies ask it for nothing but node ids
         messages = list(configure(round_number, arrays, request, grid))
-        packed = pack_tensors(buffers)
+        more = {BUFFERS: pack_tensors(buffers)}
+        if kind == MessageType.TRAIN and len(self.told) > 1:
+            more[NEGATIVES] = draw_negatives(self.told, self.settings.seed, round_number)
         for message in messages:
-            message.content.config_records[CONFIG][BUFFERS] = packed
+            message.content.config_records[CONFIG].update(more)
         return messages
 
     def _require(

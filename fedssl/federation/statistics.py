@@ -10,6 +10,7 @@ from fedssl.federation.guards import check_num_examples, read_metrics
 from fedssl.federation.messages import BUFFERS, METRICS, pack_tensors, unpack_tensors
 from fedssl.federation.nodes import Answer
 from fedssl.methods.base import Method
+from fedssl.networks.state import norm_layers
 from fedssl.runs.metrics import Failure
 from fedssl.training.statistics import (
     MEAN,
@@ -17,13 +18,18 @@ from fedssl.training.statistics import (
     VIEWS,
     WHOLE,
     Moments,
-    norm_layers,
     pool_moments,
 )
 
 ACTION = "statistics"
 STATISTICS = f"query.{ACTION}"  # type of the message that asks for them
+IN_USE = "whole."  # before the names of statistics for whole images, among a checkpoint's arrays
 ROUNDING = 1e-3  # share of the mean square by which it may lie below the mean's square
+
+
+def whole_statistics(beside: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take the encoder's statistics for whole images out of the arrays of a checkpoint."""
+    return {n.removeprefix(IN_USE): value for n, value in beside.items() if n.startswith(IN_USE)}
 
 
 def statistics_request(request: Message) -> Message:

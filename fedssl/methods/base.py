@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from fedssl.networks.encoder import Encoder
 
@@ -28,9 +28,12 @@ class Method(nn.Module, ABC):
 
     Attributes:
         encoder: what is left of the method when training has ended.
+        shares_projections: whether it uses negatives of other clients, which tell the moments
+            of their projections then.
     """
 
     encoder: Encoder
+    shares_projections: bool = False
 
     @abstractmethod
     def loss(self, views: Tensor) -> Losses:
@@ -45,6 +48,16 @@ class Method(nn.Module, ABC):
 
         Args:
             progress: where the step lies within the run, from 0 to 1.
+        """
+        return
+
+    def take_negatives(self, points: Tensor | None, generator: Generator) -> None:
+        """Take where the projections of other clients lie, for the steps that follow.
+
+        Args:
+            points: float (N, D); None for none any more. A method that knows no negatives
+                takes no notice.
+            generator: on the CPU; decides which of them a step sees.
         """
         return
 

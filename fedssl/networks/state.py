@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -23,6 +24,11 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             shapes = f"{tuple(tensor.shape)} instead of {tuple(own[name].shape)}"
             raise ValueError(f"array {name!r} has shape {shapes}")
     model.load_state_dict(state)
+
+
+def norm_layers(module: nn.Module) -> dict[str, _BatchNorm]:
+    """List the BatchNorm layers by name, in the module's order."""
+    return {n: layer for n, layer in module.named_modules() if isinstance(layer, _BatchNorm)}
 
 
 def state_digest(module: nn.Module) -> str:

@@ -1,7 +1,7 @@
 """Checkpoints: all that a run needs to go on after a round, with checksums.
 
 A round leaves `round-0003.safetensors` (the global model), for strategies with
-state or momentum `server-0003.safetensors`, and last `round-0003.json`, which
+state, and for arrays beside the model, `server-0003.safetensors`, and last `round-0003.json`, which
 holds the checksums of both, of itself, and the round's metrics line. Without an
 intact JSON there is no checkpoint.
 """
@@ -44,7 +44,7 @@ class Checkpoint:
         strategy: the state of the strategy, such as a server optimizer's moments.
         metrics: the round's numbers.
         images: names the content of the images that were trained on.
-        momentum: that the clients go on with, where it travels, by names with a point.
+        beside: arrays beside the model's that the run goes on with, by names with a point.
     """
 
     round: int
@@ -52,7 +52,7 @@ class Checkpoint:
     strategy: ServerState = field(default_factory=ServerState)
     metrics: RoundMetrics | None = None
     images: str | None = None
-    momentum: Mapping[str, Tensor] = field(default_factory=dict)
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
@@ -66,8 +66,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
     write_atomically(model_file, model)
     facts: dict[str, Any] = {"round": checkpoint.round, "sha256": _digest(model)}
     facts["strategy"] = checkpoint.strategy.tree
-    momentum = {name: value.cpu().numpy() for name, value in checkpoint.momentum.items()}
-    if arrays := {**checkpoint.strategy.arrays, **momentum}:
+    beside = {name: value.cpu().numpy() for name, value in checkpoint.beside.items()}
+    if arrays := {**checkpoint.strategy.arrays, **beside}:
         server = numpy.save({k: np.asarray(v, order="C") for k, v in arrays.items()})
         write_atomically(server_file, server)
         facts["server_sha256"] = _digest(server)
@@ -135,8 +135,8 @@ def load_checkpoint(file: Path) -> Checkpoint:
             arrays = numpy.load(remembered)
     except (SafetensorError, ValueError, OSError) as error:
         raise UserError(f"{where}: can't be read ({error}); use another round's") from error
-    momentum = {name: from_numpy(arrays.pop(name)) for name in [n for n in arrays if "." in n]}
-    return Checkpoint(round_number, state, ServerState(tree, arrays), metrics, images, momentum)
+    more = {name: from_numpy(arrays.pop(name)) for name in [n for n in arrays if "." in n]}
+    return Checkpoint(round_number, state, ServerState(tree, arrays), metrics, images, more)
 
 
 def _files(folder: Path, round_number: int) -> tuple[Path, Path, Path]:

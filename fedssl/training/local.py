@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from fedssl.compute import Backend
 from fedssl.data.views import Augmentation
 from fedssl.methods.base import Method
+from fedssl.networks.state import norm_layers
 from fedssl.training.optimizers import (
     OptimizerSettings,
     build_optimizers,
@@ -23,6 +24,7 @@ from fedssl.training.representation import measure_representation
 from fedssl.training.schedule import RoundPlan, cosine
 
 MEASURED_IMAGES = 512  # the effective rank depends on how many images it is measured on
+PROJECTED_IMAGES = 1024  # of a client, for the moments of their projections
 DEVICE_SHARE = 0.1  # of a GPU's free memory, which the images may take
 
 Pixels = np.ndarray | Tensor  # uint8 (N, 3, H, W), of a whole image set
@@ -36,12 +38,15 @@ class TrainSettings:
         local_epochs: passes over the client's images.
         batch_size: images per step; a smaller client uses the batch it can fill.
         max_steps: steps of a round at most, 0 for no limit.
+        global_statistics_from: where in the run, from 0 to 1, BatchNorm begins to normalize by
+            the federation's statistics instead of the batch's, see `freeze_statistics`.
     """
 
     local_epochs: int
     batch_size: int
     max_steps: int
     optimizer: OptimizerSettings
+    global_statistics_from: float = 1.0
 
     def steps(self, num_images: int, fraction: float) -> int:
         """Count the steps of a round, one at least.
@@ -101,6 +106,7 @@ def local_train(
     generator: Generator,
     backend: Backend,
     momentum: Mapping[str, Tensor] | None = None,
+    negatives: Tensor | None = None,
 ) -> TrainResult:
     """Train the method in place on the client's images for one round.
 
@@ -113,6 +119,7 @@ def local_train(
             (https://arxiv.org/abs/1812.06127); 0 for none.
         generator: on the CPU; decides the order and the views.
         momentum: that the optimizers begin with, see `zero_momentum`; None or empty for zero.
+        negatives: where projections of other clients lie, see `Method.take_negatives`.
 
     Raises:
         ValueError: fewer than two images.
@@ -127,6 +134,11 @@ def local_train(
     scale = batch_size / settings.batch_size  # of the learning rates
     global_params = _copy_parameters(method) if proximal_mu > 0 else []
     method.train()
+    together = plan.begin >= settings.global_statistics_from
+    if together:
+        freeze_statistics(method)
+    if negatives is not None and together:  # else they lie where another network puts them
+        method.take_negatives(negatives.to(backend.device), generator)
     losses = torch.zeros(steps, device=backend.device)
     began = time.perf_counter()
     for step, rows in enumerate(_batches(indices, batch_size, steps, generator)):
@@ -140,6 +152,7 @@ def local_train(
         add_proximal_gradient(method, global_params, proximal_mu)
         _step(optimizers, scale * cosine(progress))
         method.after_step(progress)
+    method.take_negatives(None, generator)
     method.zero_grad(set_to_none=True)  # the method outlives the round, gradients need not
     mean = float(losses.mean())
     if not math.isfinite(mean):
@@ -148,6 +161,16 @@ def local_train(
     elapsed = time.perf_counter() - began
     ended = read_momentum(optimizers, method) if momentum else {}
     return TrainResult(mean, steps * batch_size, steps * batch_size / elapsed, ended)
+
+
+def freeze_statistics(method: Method) -> None:
+    """Let BatchNorm normalize by the statistics that came with the weights, in training too.
+
+    So all clients see one network, whatever classes they hold (FixBN,
+    https://arxiv.org/abs/2303.06530), until the method's mode is set again.
+    """
+    for layer in norm_layers(method).values():
+        layer.eval()
 
 
 def _batches(
@@ -225,3 +248,34 @@ def local_loss(
             first.append(loss.projections[: len(rows)])
             second.append(loss.projections[len(rows) :])
     return total / len(indices), measure_representation(torch.cat([*first, *second]))
+
+
+@torch.inference_mode()
+def projection_moments(
+    method: Method,
+    images: Pixels,
+    indices: np.ndarray,
+    augmentation: Augmentation,
+    *,
+    batch_size: int,
+    generator: Generator,
+    backend: Backend,
+) -> tuple[Tensor, Tensor]:
+    """Measure mean (D,) and covariance (D, D) of projections in eval mode, over 1,024 images.
+
+    Args: as of `local_train`.
+
+    Raises:
+        ValueError: fewer than two images.
+    """
+    if len(indices) < 2:
+        raise ValueError(f"moments of projections need at least 2 images, got {len(indices)}")
+    method.eval()
+    rows = indices[torch.randperm(len(indices), generator=generator)[:PROJECTED_IMAGES].numpy()]
+    projections = []
+    for batch in np.array_split(rows, max(1, len(rows) // batch_size)):
+        views = augmentation.two_views(get_batch(images, batch, backend.device), generator)
+        with backend.autocast():
+            projections.append(method.loss(views).projections.float())
+    points = torch.cat(projections).double()
+    return points.mean(dim=0).float().cpu(), torch.cov(points.T).float().cpu()

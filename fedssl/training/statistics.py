@@ -14,11 +14,11 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedssl.compute import Backend
 from fedssl.data.views import Augmentation, shrink
 from fedssl.methods.base import Method
+from fedssl.networks.state import norm_layers
 from fedssl.training.local import Pixels, get_batch
 
 IMAGES = 512  # of a client and round, at most
@@ -26,11 +26,6 @@ VIEWS, WHOLE = "views.", "whole."  # before the names of layers
 MEAN, SQUARE = ".mean", ".square"  # behind them
 
 Moments = Mapping[str, Tensor]  # float32 (channels,), by VIEWS or WHOLE, layer, MEAN or SQUARE
-
-
-def norm_layers(module: nn.Module) -> dict[str, _BatchNorm]:
-    """List the BatchNorm layers by name, in the module's order."""
-    return {n: layer for n, layer in module.named_modules() if isinstance(layer, _BatchNorm)}
 
 
 @torch.no_grad()

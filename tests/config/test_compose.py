@@ -208,6 +208,16 @@ def test_a_folder_may_be_called_by_a_number():
         load_config("config", ["cache_dir=[1.5]"])
 
 
+def test_negatives_of_others_need_one_normalization():
+    given = ["method.shared_negatives=1", "train.global_statistics_from=0.1"]
+    for lacking in ([given[0]], given, [given[0], "train.statistics=recomputed"]):
+        with pytest.raises(
+            UserError, match=r"^method\.shared_negatives=1: needs one normalization"
+        ):
+            load_config("config", lacking)
+    assert load_config("config", [*given, "train.statistics=recomputed"])
+
+
 @pytest.mark.parametrize("name", ["1e5", "1_000", "007", "1.50", "true", "nan", "-0"])
 def test_a_text_stays_as_it_was_written(name):
     given = ["dataset=hub", f"dataset.path={name}", f"dataset.config_name={name}", f"resume={name}"]

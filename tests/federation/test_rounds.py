@@ -17,7 +17,7 @@ from fedssl.federation.messages import read_state, write_state
 from fedssl.federation.nodes import Nodes, no_op
 from fedssl.runs.checkpoints import list_checkpoints, load_checkpoint
 from fedssl.runs.metrics import Failure
-from utils import build_federation, build_patience, plain
+from utils import build_federation, build_patience, load_trained, plain
 
 FAST = "model.stem=imagenet"  # digits shrink to a point at once: little to compute
 STRATEGIES = sorted(file.stem for file in (CONF / "strategy").glob("*.yaml"))
@@ -175,6 +175,16 @@ def test_recomputed_statistics_are_those_of_the_averaged_weights(federate):
     old, new = plain.method.state_dict(), fresh.method.state_dict()
     differ = {name for name in old if not torch.equal(old[name], new[name])}
     assert differ == {name for name in old if "running_" in name}  # no weight
+    whole = fresh.encoder().state_dict()
+    apart = {name for name in whole if not torch.equal(whole[name], new[f"encoder.{name}"])}
+    assert apart == {name for name in whole if "running_" in name}  # of views and whole images
+    kept = load_checkpoint(fresh.run.last_checkpoint())
+    trained, _ = load_trained(
+        fresh.run.load_config(), fresh.run.last_checkpoint(), torch.device("cpu")
+    )
+    for name, value in trained.encoder.state_dict().items():
+        assert torch.equal(value, whole[name])
+    assert kept.beside.keys() == {f"whole.encoder.{name}" for name in apart}
     assert after.train_loss == before.train_loss
     assert after.eval_loss != before.eval_loss
     assert after.bytes_moved > before.bytes_moved
@@ -192,6 +202,53 @@ def test_a_client_that_measures_nothing_is_named_and_the_round_goes_on(federate,
     _, (row,), _ = federate("num_rounds=1", "train.statistics=recomputed")
     assert row.failures == (Failure(1, "statistics: nothing"),)
     assert [c.partition for c in row.clients if c.eval_loss is not None] == [0, 1, 2]
+
+
+SHARED = (
+    *("train.statistics=recomputed", "method.shared_negatives=1"),
+    "train.global_statistics_from=0.3",
+)
+
+
+def test_negatives_of_other_clients_come_with_the_training(federate, monkeypatch):
+    import client
+
+    taken, train = [], client.local_train
+
+    def note(*given, negatives, **more):
+        taken.append(None if negatives is None else len(negatives))
+        return train(*given, negatives=negatives, **more)
+
+    monkeypatch.setattr(client, "local_train", note)
+    federation, rows, _ = federate(*SHARED, "num_rounds=3")
+    each = 2048 // 3
+    assert taken == [None] * 3 + [2 * each] * 6  # those of the two others
+    assert sorted(federation.told) == [0, 1, 2]
+    assert all(row.failures == () for row in rows)
+    first, *_, third = list_checkpoints(federation.run.checkpoints)
+    rest, later, _ = federate(*SHARED, "num_rounds=3", checkpoint=load_checkpoint(first))
+    assert rest.run.last_checkpoint().read_bytes() == third.read_bytes()
+    assert [row.train_loss for row in later] == [row.train_loss for row in rows[1:]]
+    _, alone, _ = federate(*SHARED[::2], "num_rounds=3")
+    for row, other in zip(rows[:2], alone, strict=False):
+        assert row.train_loss == other.train_loss  # the share of the run is not reached
+    assert alone[2].train_loss < rows[2].train_loss  # fewer negatives, a smaller loss
+
+
+def test_odd_moments_of_projections_are_left_out_and_named(federate, monkeypatch):
+    import client
+
+    measure = client.projection_moments
+
+    def spoil(*given, **more):
+        mean, covariance = measure(*given, **more)
+        return mean, -covariance
+
+    monkeypatch.setattr(client, "projection_moments", spoil)
+    federation, (row, _), _ = federate(*SHARED)
+    assert {failure.partition for failure in row.failures} == {0, 1, 2}
+    assert all("negative variances" in failure.reason for failure in row.failures)
+    assert federation.told == {}
 
 
 AVERAGED = ("optimizer=muon", "optimizer.momentum_start=averaged", "train.max_steps=2")

@@ -1,5 +1,6 @@
 """Local training and the held-out loss, on digits."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -25,6 +26,7 @@ from fedssl.training.local import (
     local_loss,
     local_train,
 )
+from fedssl.training.optimizers import zero_momentum
 from fedssl.training.schedule import RoundPlan
 
 
@@ -41,6 +43,7 @@ def train(digits):
         pixels=None,
         method=None,
         optimizer=OPTIMIZER,
+        momentum=None,
         **changes,
     ):
         method = method or make_simclr()
@@ -54,6 +57,7 @@ def train(digits):
             proximal_mu=proximal_mu,
             generator=generator_for(seed, "test"),
             backend=Backend(CPU, dtype),
+            momentum=momentum,
         )
         return method, result
 
@@ -197,6 +201,29 @@ def test_fedprox_adds_the_gradient_of_its_term():
     add_proximal_gradient(method, global_params, 0.3)
     for parameter, gradient in zip(method.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_the_federations_statistics_normalize_from_their_share_of_the_run_on(train):
+    later = RoundPlan(fraction=1.0, begin=0.5, end=1.0)
+    start = make_simclr().state_dict()
+    for begins, moves in ((1.0, True), (0.6, True), (0.5, False)):
+        method, result = train(plan=later, global_statistics_from=begins)
+        moved = {name for name, value in method.state_dict().items() if "running" in name}
+        moved = {n for n in moved if not torch.equal(method.state_dict()[n], start[n])}
+        assert bool(moved) is moves
+        assert math.isfinite(result.loss)
+        assert not torch.equal(method.encoder.conv1.weight, start["encoder.conv1.weight"])
+
+
+def test_momentum_goes_on_where_it_was(train):
+    settings = replace(OPTIMIZER, name="muon", momentum_start="averaged")
+    zero = zero_momentum(make_simclr(), settings)
+    first, begun = train(optimizer=settings, momentum=zero)
+    plain, _ = train(optimizer=settings)
+    assert state_bytes(first) == state_bytes(plain)  # momentum begins as zero
+    assert begun.momentum.keys() == zero.keys()
+    again, _ = train(optimizer=settings, momentum=begun.momentum)
+    assert state_bytes(again) != state_bytes(plain)
 
 
 def test_no_gradients_outlive_a_round(train):

@@ -7,14 +7,13 @@ import pytest
 import torch
 from samples import BACKEND, VIEWS, make_encoder, make_simclr, state_bytes
 
-from fedssl.networks.state import load_state
+from fedssl.networks.state import load_state, norm_layers
 from fedssl.seeding import generator_for
 from fedssl.training.statistics import (
     MEAN,
     SQUARE,
     WHOLE,
     measure_moments,
-    norm_layers,
     pool_moments,
 )
 from fedssl.training.statistics import (
