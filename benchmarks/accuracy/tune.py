@@ -27,11 +27,12 @@ with heads of their own, `muonlr`, `nssteps` and `mat` are Muon's rate, iteratio
 https://arxiv.org/abs/2110.06848, `layers` those of the projection head; `all_stages` is the
 linear head on the features of all four stages at once.
 
-Those with `arguments_of_trials` are by a script that their commit has as benchmarks/accuracy/trials.py:
-all clients in one process, its own rounds, scores with the statistics that clients averaged, and
-with statistics taken anew over views and over whole images. Its `--momentum`, `--recal`, `--fixbn` and
-`--synth` are what `optimizer.momentum_start`, `train.statistics`, `train.global_statistics_from`
-(there a round) and `method.shared_negatives` do.
+Those with `arguments_of_trials` are by a script that their commit has as
+benchmarks/accuracy/trials.py: all clients in one process, its own rounds, scores with the
+statistics that clients averaged, and with statistics taken anew over views and over whole
+images. Its `--momentum`, `--recal`, `--fixbn` and `--synth` are what
+`optimizer.momentum_start`, `train.statistics`, `train.global_statistics_from` (there a round)
+and `method.shared_negatives` do.
 """
 
 import argparse
