@@ -406,7 +406,7 @@ def test_quiet_leaves_the_table(tmp_path, cache_dir):
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0].startswith("Linear evaluation on digits: ")
-    assert len(lines) == 7
+    assert len(lines) == 9
     again = start("test.py", "--quiet", f"--run={tmp_path}/latest", "seeds=1", *places[1:])
     assert (again.returncode, again.stderr) == (0, "")
     assert again.stdout == done.stdout

@@ -9,6 +9,7 @@ from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 DECAYS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 FOLDS = 5
@@ -46,7 +47,8 @@ def fit_converged_head(
             use_legacy_attributes=False,
         )
     pipeline = make_pipeline(StandardScaler(), classifier)
-    with warnings.catch_warnings():
+    # One thread: with few labels many would wait for each other a thousand times.
+    with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)
         pipeline.fit(features, labels)

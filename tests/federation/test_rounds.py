@@ -274,7 +274,7 @@ def test_momentum_is_averaged_and_handed_back(federate):
     assert rows[0].bytes_moved == pytest.approx(zero.bytes_moved * 15 / 9, rel=0.02)
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "fedavgm"])
+@pytest.mark.parametrize("strategy", ["fedavg", pytest.param("fedavgm", marks=pytest.mark.slow)])
 def test_a_run_with_momentum_resumes_with_the_same_bytes(federate, strategy):
     overrides = [*AVERAGED, f"strategy={strategy}", "train.statistics=recomputed"]
     federation, rows, _ = federate(*overrides)
