@@ -26,9 +26,10 @@ from fedssl.federation.messages import (
     packed_transport,
     read_state,
     write_state,
+    write_tensors,
 )
-from fedssl.federation.negatives import NEGATIVES, others, write_projections
-from fedssl.federation.statistics import ACTION, write_moments
+from fedssl.federation.negatives import NEGATIVES, others
+from fedssl.federation.statistics import ACTION
 from fedssl.methods.base import Method, local_arrays
 from fedssl.networks.state import load_state
 from fedssl.seeding import generator_for
@@ -335,7 +336,7 @@ def evaluate_reply(
             generator=generator_for(state.seed, "projections", round_number, client.partition),
             backend=state.backend,
         )
-        content = RecordDict({**content, **write_projections(*moments)})
+        content = RecordDict({**content, **write_tensors(moments)})
     return Message(content, reply_to=message)
 
 
@@ -357,7 +358,7 @@ def statistics_reply(
         backend=state.backend,
     )
     metrics = MetricRecord({"partition-id": client.partition, "num-examples": len(rows)})
-    return Message(RecordDict({METRICS: metrics, **write_moments(moments)}), reply_to=message)
+    return Message(RecordDict({METRICS: metrics, **write_tensors(moments)}), reply_to=message)
 
 
 def round_of(message: Message) -> int:

@@ -2,8 +2,9 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ REPRESENTATION = ("alignment", "uniformity", "effective-rank")
 TRAINED = ("num-examples", "train-loss", "images", "images-per-second")
 EXTRA = ("unreadable-images", "cores")  # whole numbers that clients may tell
 EVALUATED = ("num-examples", "eval-loss", *REPRESENTATION)
+Read = TypeVar("Read")
 MAX_EXAMPLES = 2**40  # more images than any client holds
 
 
@@ -59,18 +61,35 @@ def validate_replies(
     Returns:
         The updates and the failures.
     """
-    updates: list[Update] = []
+
+    def read(partition: int, reply: Message) -> Update:
+        return read_update(partition, reply, expected, names)
+
+    return read_replies(answers, partition_of, read)
+
+
+def read_replies(
+    answers: Iterable[Answer],
+    partition_of: Mapping[int, int],
+    read: Callable[[int, Message], Read],
+) -> tuple[list[Read], list[Failure]]:
+    """Read what came back; whoever gave nothing, or what can't be read, is a failure.
+
+    Args:
+        read: takes a partition and its reply; raises ValueError for an odd one.
+    """
+    found: list[Read] = []
     failures: list[Failure] = []
     for answer in answers:
         partition = partition_of[answer.node]
         try:
             if answer.reply is None:
                 raise ValueError(answer.failure)
-            updates.append(read_update(partition, answer.reply, expected, names))
+            found.append(read(partition, answer.reply))
         except ValueError as error:
             reason = str(error).removeprefix(f"partition {partition}: ")
             failures.append(Failure(partition, reason))
-    return updates, failures
+    return found, failures
 
 
 def read_update(

@@ -94,7 +94,28 @@ def write_state(state: Mapping[str, Tensor], names: Sequence[str]) -> RecordDict
         names: the arrays of the request, which the reply must have too.
     """
     arrays, buffers = split_state(state, names)
-    return RecordDict({ARRAYS: arrays, BUFFERS: ConfigRecord({BUFFERS: pack_tensors(buffers)})})
+    return RecordDict({ARRAYS: arrays, **write_tensors(buffers)})
+
+
+def write_tensors(tensors: Mapping[str, Tensor]) -> dict[str, ConfigRecord]:
+    """Put tensors that no strategy acts on into the records of a reply."""
+    return {BUFFERS: ConfigRecord({BUFFERS: pack_tensors(tensors)})}
+
+
+def read_tensors(content: RecordDict, what: str) -> dict[str, Tensor]:
+    """Read what `write_tensors` wrote.
+
+    Args:
+        what: to call it where it is missing.
+
+    Raises:
+        ValueError: it is missing, or something else.
+    """
+    record = content.get(BUFFERS)
+    data = record.get(BUFFERS) if isinstance(record, ConfigRecord) else None
+    if not isinstance(data, bytes):
+        raise ValueError(f"the reply holds no {what}")
+    return unpack_tensors(data)
 
 
 def read_state(content: RecordDict) -> dict[str, Tensor]:

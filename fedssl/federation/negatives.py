@@ -9,10 +9,10 @@ further negatives. No projection of an image travels.
 from collections.abc import Mapping
 
 import torch
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import RecordDict
 from torch import Tensor
 
-from fedssl.federation.messages import BUFFERS, pack_tensors, unpack_tensors
+from fedssl.federation.messages import pack_tensors, read_tensors, unpack_tensors
 from fedssl.seeding import generator_for
 
 NEGATIVES = "negatives"  # an entry of the config record of a training message
@@ -24,14 +24,8 @@ CLIENTS = 64  # whose moments are kept, the newest
 JITTER = 1e-3  # share of the mean variance added to each, so that few images give a distribution
 
 
-def write_projections(mean: Tensor, covariance: Tensor) -> dict[str, ConfigRecord]:
-    """Put moments of projections, (D,) and (D, D), into the records of a reply."""
-    moments = {MEAN: mean, COVARIANCE: covariance}
-    return {BUFFERS: ConfigRecord({BUFFERS: pack_tensors(moments)})}
-
-
 def read_projections(content: RecordDict, size: int) -> dict[str, Tensor]:
-    """Read what `write_projections` wrote.
+    """Read mean (D,) and covariance (D, D) of projections.
 
     Args:
         size: of a projection.
@@ -39,11 +33,7 @@ def read_projections(content: RecordDict, size: int) -> dict[str, Tensor]:
     Raises:
         ValueError: what is wrong with it.
     """
-    record = content.get(BUFFERS)
-    data = record.get(BUFFERS) if isinstance(record, ConfigRecord) else None
-    if not isinstance(data, bytes):
-        raise ValueError("the reply holds no moments of projections")
-    told = unpack_tensors(data)
+    told = read_tensors(content, "moments of projections")
     shapes = {MEAN: (size,), COVARIANCE: (size, size)}
     if told.keys() != shapes.keys():
         raise ValueError(f"the moments of its projections are {sorted(told)[:3]}")

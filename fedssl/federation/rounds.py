@@ -35,7 +35,6 @@ from fedssl.federation.negatives import (
 )
 from fedssl.federation.nodes import Nodes, OnReplies, no_op
 from fedssl.federation.statistics import (
-    IN_USE,
     pool_statistics,
     statistics_request,
     whole_statistics,
@@ -49,6 +48,7 @@ from fedssl.runs.directory import RunDirectory
 from fedssl.runs.metrics import ClientMetrics, Failure, Progress, RoundMetrics
 from fedssl.seeding import derive_seed
 from fedssl.training.optimizers import split_momentum
+from fedssl.training.statistics import WHOLE
 
 OnRound = Callable[[RoundMetrics], None]
 OfClient = TypeVar("OfClient", ClientMetrics, Failure)
@@ -154,7 +154,7 @@ class Federation:
         except TypeError as error:
             raise RuntimeError(f"round {metrics.round}: {error}") from error
         state, images = self.method.state_dict(), self.settings.images
-        whole = {f"{IN_USE}{name}": value for name, value in self.whole.items()}
+        whole = {f"{WHOLE}{name}": value for name, value in self.whole.items()}
         beside = {**self.momentum, **whole, **flatten(self.told)}
         checkpoint = Checkpoint(metrics.round, state, strategy, metrics, images, beside)
         save_checkpoint(self.run.checkpoints, checkpoint, self.settings.keep_checkpoints)

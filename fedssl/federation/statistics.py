@@ -1,13 +1,14 @@
 """BatchNorm's statistics of a round, pooled from what the clients measured."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Message, RecordDict
 from torch import Tensor
 
-from fedssl.federation.guards import check_num_examples, read_metrics
-from fedssl.federation.messages import BUFFERS, METRICS, pack_tensors, unpack_tensors
+from fedssl.federation.guards import check_num_examples, read_metrics, read_replies
+from fedssl.federation.messages import read_tensors
 from fedssl.federation.nodes import Answer
 from fedssl.methods.base import Method
 from fedssl.networks.state import norm_layers
@@ -23,13 +24,12 @@ from fedssl.training.statistics import (
 
 ACTION = "statistics"
 STATISTICS = f"query.{ACTION}"  # type of the message that asks for them
-IN_USE = "whole."  # before the names of statistics for whole images, among a checkpoint's arrays
 ROUNDING = 1e-3  # share of the mean square by which it may lie below the mean's square
 
 
 def whole_statistics(beside: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Take the encoder's statistics for whole images out of the arrays of a checkpoint."""
-    return {n.removeprefix(IN_USE): value for n, value in beside.items() if n.startswith(IN_USE)}
+    return {n.removeprefix(WHOLE): value for n, value in beside.items() if n.startswith(WHOLE)}
 
 
 def statistics_request(request: Message) -> Message:
@@ -46,31 +46,16 @@ def pool_statistics(
         Arrays of the method's state for views and, of its encoder alone, for whole images,
         both empty where nobody gave any; and the failures.
     """
-    told: list[Moments] = []
-    weights: list[float] = []
-    failures: list[Failure] = []
-    for answer in answers:
-        partition = partition_of[answer.node]
-        try:
-            if answer.reply is None:
-                raise ValueError(answer.failure)
-            moments, weight = read_moments(answer.reply.content, method)
-            told.append(moments)
-            weights.append(weight)
-        except ValueError as error:
-            reason = str(error).removeprefix(f"partition {partition}: ")
-            failures.append(Failure(partition, f"statistics: {reason}"))
-    pooled = pool_moments(told, weights) if told else {}
+    told, odd = read_replies(
+        answers, partition_of, lambda partition, reply: read_moments(reply.content, method)
+    )
+    failures = [replace(each, reason=f"statistics: {each.reason}") for each in odd]
+    pooled = pool_moments(*zip(*told, strict=True)) if told else {}
     views, whole = (
         {name.removeprefix(kind): value for name, value in pooled.items() if name.startswith(kind)}
         for kind in (VIEWS, WHOLE)
     )
     return views, whole, failures
-
-
-def write_moments(moments: Moments) -> dict[str, ConfigRecord]:
-    """Put moments into the records of a reply."""
-    return {BUFFERS: ConfigRecord({BUFFERS: pack_tensors(moments)})}
 
 
 def read_moments(content: RecordDict, method: Method) -> tuple[Moments, float]:
@@ -79,15 +64,8 @@ def read_moments(content: RecordDict, method: Method) -> tuple[Moments, float]:
     Raises:
         ValueError: what is wrong with them.
     """
-    metrics = content.get(METRICS)
-    if not isinstance(metrics, MetricRecord):
-        raise ValueError("the reply holds no metrics")
     weight = check_num_examples(read_metrics(content, ["num-examples"])["num-examples"])
-    record = content.get(BUFFERS)
-    data = record.get(BUFFERS) if isinstance(record, ConfigRecord) else None
-    if not isinstance(data, bytes):
-        raise ValueError("the reply holds no moments")
-    moments = unpack_tensors(data)
+    moments = read_tensors(content, "moments")
     check_moments(moments, expected_moments(method))
     return moments, weight
 

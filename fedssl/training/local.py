@@ -260,10 +260,13 @@ def projection_moments(
     batch_size: int,
     generator: Generator,
     backend: Backend,
-) -> tuple[Tensor, Tensor]:
-    """Measure mean (D,) and covariance (D, D) of projections in eval mode, over 1,024 images.
+) -> dict[str, Tensor]:
+    """Measure projections in eval mode, over 1,024 images.
 
     Args: as of `local_train`.
+
+    Returns:
+        float32 `mean` (D,) and `covariance` (D, D).
 
     Raises:
         ValueError: fewer than two images.
@@ -278,4 +281,5 @@ def projection_moments(
         with backend.autocast():
             projections.append(method.loss(views).projections.float())
     points = torch.cat(projections).double()
-    return points.mean(dim=0).float().cpu(), torch.cov(points.T).float().cpu()
+    moments = {"mean": points.mean(dim=0), "covariance": torch.cov(points.T)}
+    return {name: value.float().cpu() for name, value in moments.items()}

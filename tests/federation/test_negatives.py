@@ -4,7 +4,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, RecordDict
 
-from fedssl.federation.messages import BUFFERS, pack_tensors, unpack_tensors
+from fedssl.federation.messages import BUFFERS, pack_tensors, unpack_tensors, write_tensors
 from fedssl.federation.negatives import (
     CLIENTS,
     COUNT,
@@ -14,7 +14,6 @@ from fedssl.federation.negatives import (
     others,
     read_projections,
     unflatten,
-    write_projections,
 )
 
 SIZE = 4
@@ -29,7 +28,7 @@ def told(mean=0.0, scale=1.0):
 
 def test_moments_come_back_as_they_were():
     moments = told(2.0)
-    read = read_projections(RecordDict({**write_projections(*moments.values())}), SIZE)
+    read = read_projections(RecordDict({**write_tensors(moments)}), SIZE)
     assert read.keys() == moments.keys()
     assert all(torch.equal(read[name], moments[name]) for name in read)
 

@@ -241,8 +241,8 @@ def test_odd_moments_of_projections_are_left_out_and_named(federate, monkeypatch
     measure = client.projection_moments
 
     def spoil(*given, **more):
-        mean, covariance = measure(*given, **more)
-        return mean, -covariance
+        told = measure(*given, **more)
+        return told | {"covariance": -told["covariance"]}
 
     monkeypatch.setattr(client, "projection_moments", spoil)
     federation, (row, _), _ = federate(*SHARED)

@@ -8,14 +8,13 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from samples import make_encoder, make_simclr
 
-from fedssl.federation.messages import BUFFERS
+from fedssl.federation.messages import BUFFERS, write_tensors
 from fedssl.federation.nodes import Answer
 from fedssl.federation.statistics import (
     check_moments,
     expected_moments,
     pool_statistics,
     statistics_request,
-    write_moments,
 )
 from fedssl.networks.state import load_state
 
@@ -40,7 +39,7 @@ def answer(node, told, images=10):
 
 
 def sound(node, *given, images=10):
-    return answer(node, write_moments(moments(*given)), images)
+    return answer(node, write_tensors(moments(*given)), images)
 
 
 def pool(*answers):
@@ -59,11 +58,11 @@ def test_clients_count_by_their_images():
 
 
 def change(name, value):
-    return write_moments(moments() | {name: value})
+    return write_tensors(moments() | {name: value})
 
 
 def without(name):
-    return write_moments({key: value for key, value in moments().items() if key != name})
+    return write_tensors({key: value for key, value in moments().items() if key != name})
 
 
 SIZE = EXPECTED[f"{FIRST}.mean"]
