@@ -9,15 +9,20 @@ evaluated again with other numbers of labels. Their small files go to
 results/NAME/seedN: configuration, metrics of every round, evaluations with commit,
 versions and hardware, and the commands with their wall times. What is there already
 is skipped. `python -m benchmarks.accuracy.tables` then writes the tables of docs/results.md.
+
+With `--jobs=2` two runs share the machine, each with half of its cores. That takes less time
+in all, since a run of one core has nobody to wait for; of their wall times the record says so.
 """
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -73,6 +78,9 @@ FIRST = "clients-5"  # has the baselines too, which are the same for all runs of
 BETWEEN = ("experiment=cifar10_cpu", "strategy.fraction_train=1", "eval.baselines=false")
 # In these the steps of each client are the same, 168 of 64 images, as long as a federation would
 # take, but where the title says otherwise.
+OF_20, OF_50 = (  # of many clients a fifth measures, which is as many images as one of five holds
+    (f"num_clients={count}", "strategy.fraction_evaluate=0.2") for count in (20, 50)
+)
 FEDERATIONS: dict[str, tuple[str, Sequence[str]]] = {
     "alone": ("one of five clients alone", ("participants=[0]",)),
     "five": ("five clients", ()),
@@ -107,12 +115,12 @@ FEDERATIONS: dict[str, tuple[str, Sequence[str]]] = {
     **{
         f"of-20-{count}": (
             f"{count} of 20 clients",
-            ("num_clients=20", f"participants=[{','.join(map(str, range(count)))}]"),
+            (*OF_20, f"participants=[{','.join(map(str, range(count)))}]"),
         )
         for count in (1, 2, 5, 10, 20)
     },
-    "of-50-1": ("1 of 50 clients", ("num_clients=50", "participants=[0]")),
-    "of-50-50": ("50 clients", ("num_clients=50",)),
+    "of-50-1": ("1 of 50 clients", (*OF_50, "participants=[0]")),
+    "of-50-50": ("50 clients", OF_50),
 }
 BUDGETS = {
     "cifar10_cpu": ["experiment=cifar10_cpu"],
@@ -169,11 +177,14 @@ def missing(only: Sequence[str]) -> list[tuple[str, int]]:
     ]
 
 
-def run_one(name: str, seed: int, path: str, scratch: Path) -> None:
+def run_one(name: str, seed: int, path: str, scratch: Path, jobs: int = 1) -> None:
     """Train and evaluate one run, then put its record in place as a whole.
 
     After an interruption it goes on with the first command that was not finished,
     unless those that were are not the same any more.
+
+    Args:
+        jobs: how many runs share the machine.
     """
     output = scratch / name / f"seed{seed}"
     run, finished = output / "run", output / "commands.json"
@@ -187,7 +198,8 @@ def run_one(name: str, seed: int, path: str, scratch: Path) -> None:
         shutil.rmtree(output, ignore_errors=True)
     for (command, where), line in list(zip(steps, lines, strict=True))[len(told) :]:
         wall = time_command([*command, *where])
-        told.append({"command": line, "wall_s": round(wall, 1)})
+        shared = {"runs_at_a_time": jobs} if jobs > 1 else {}
+        told.append({"command": line, "wall_s": round(wall, 1), **shared})
         finished.write_text(json.dumps(told, indent=2) + "\n")
     keep_record(run, RESULTS / name / f"seed{seed}", told)
     shutil.rmtree(output)
@@ -219,12 +231,20 @@ def keep_record(run: Path, record: Path, commands: list[dict]) -> None:
     partial.rename(record)
 
 
+def share_cores(jobs: int) -> Iterator[set[int]]:
+    """Deal the cores of this machine out to so many runs, evenly; what remains stays idle."""
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // jobs)
+    return (set(cores[place * share : (place + 1) * share] or cores) for place in range(jobs))
+
+
 def main() -> None:
-    """Run what is missing, one after the other."""
+    """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--path", help="a local copy of uoft-cs/cifar10")
     parser.add_argument("--only", nargs="*", default=[], help="names of runs, seedN, or both")
     parser.add_argument("--list", action="store_true", help="only tell what is missing")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its cores")
     parser.add_argument("--scratch", type=Path, default=ROOT / "outputs" / "sweep")
     given = parser.parse_args()
     known = {*RUNS, *(f"seed{seed}" for seed in SEEDS)}
@@ -237,8 +257,15 @@ def main() -> None:
         return
     if left and not given.path:
         parser.error("--path is missing: a local copy of uoft-cs/cifar10")
-    for name, seed in left:
-        run_one(name, seed, str(Path(given.path).resolve()), given.scratch)
+    path, shares = str(Path(given.path).resolve()) if left else "", share_cores(given.jobs)
+    # The processes that a thread starts have its cores.
+    pool = ThreadPoolExecutor(given.jobs, initializer=lambda: os.sched_setaffinity(0, next(shares)))
+    try:
+        runs = [pool.submit(run_one, *run, path, given.scratch, given.jobs) for run in left]
+        for run in runs:
+            run.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 if __name__ == "__main__":
