@@ -1,4 +1,4 @@
-"""Run what is still missing of the recorded results on CIFAR-10.
+"""Run what is still missing of the recorded results.
 
     python -m benchmarks.accuracy.sweep --list
     python -m benchmarks.accuracy.sweep --path=cifar10-parquet   # hours; can be interrupted
@@ -27,137 +27,10 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from benchmarks.accuracy.recorded import EVALUATIONS, ONE_SEED, RUNS, SEEDS
 from fedssl.env import ROOT
 
 RESULTS = ROOT / "results"
-SEEDS = (0, 1, 2)
-# How the clients of the older comparisons train: momentum begins every round at zero.
-SEVEN_ROUNDS = (
-    *("num_rounds=7", "train.max_steps=24", "train.statistics=averaged"),
-    *("optimizer.momentum_start=zero", "optimizer.muon_learning_rate=0.05"),
-    "optimizer.learning_rate=0.03",
-)
-# In these the images and steps of all clients together are the same: 840 steps of 64.
-TWO_CLASSES = ("partition=pathological", "partition.classes_per_client=2")
-COMPARED: dict[str, tuple[str, Sequence[str]]] = {  # title in the table, and overrides
-    "clients-5": ("5 clients, IID, FedAvg", ()),
-    "centralized": (
-        "centralized: one client with all images",
-        ("num_clients=1", "train.max_steps=120"),
-    ),
-    "client-alone": ("one of the 5 clients alone", ("participants=[0]",)),
-    "clients-2": ("2 clients", ("num_clients=2", "train.max_steps=60")),
-    "clients-4": ("4 clients", ("num_clients=4", "train.max_steps=30")),
-    "clients-6": ("6 clients", ("num_clients=6", "train.max_steps=20")),
-    "clients-8": ("8 clients", ("num_clients=8", "train.max_steps=15")),
-    "clients-10": ("10 clients", ("num_clients=10", "train.max_steps=12")),
-    "dirichlet": ("5 clients, Dirichlet 0.1", ("partition=dirichlet", "partition.alpha=0.1")),
-    "two-classes": ("5 clients, two classes each", TWO_CLASSES),
-    "two-classes-fedprox": (
-        "5 clients, two classes each, FedProx",
-        (*TWO_CLASSES, "strategy=fedprox"),
-    ),
-    "two-a-round": (
-        "5 clients, IID, FedAvg, two of them a round",
-        ("strategy.fraction_train=0.4", "train.max_steps=60"),
-    ),
-    "server-rate": (
-        "5 clients, IID, FedAvgM without momentum, server rate 2",
-        ("strategy=fedavgm", "strategy.server_momentum=0", "strategy.server_learning_rate=2"),
-    ),
-    "short-first-rounds": (
-        "5 clients, IID, FedAvg, first rounds short",
-        ("train.max_steps=35", "train.round_fractions=[0.2,0.4,0.6,0.8,0.8,1,1]"),
-    ),
-    "fedavgm": ("5 clients, IID, FedAvgM", ("strategy=fedavgm",)),
-    "fedadam": ("5 clients, IID, FedAdam", ("strategy=fedadam",)),
-}
-FIRST = "clients-5"  # has the baselines too, which are the same for all runs of a seed
-# Beside that budget what a federation stands between: as many steps one after the other on a fifth
-# of the images, and all images with the steps of both clients of a round one after the other.
-BETWEEN = ("experiment=cifar10_cpu", "strategy.fraction_train=1", "eval.baselines=false")
-# In these the steps of each client are the same, 168 of 64 images, as long as a federation would
-# take, but where the title says otherwise.
-OF_20, OF_50 = (  # of many clients a fifth measures, which is as many images as one of five holds
-    (f"num_clients={count}", "strategy.fraction_evaluate=0.2") for count in (20, 50)
-)
-FEDERATIONS: dict[str, tuple[str, Sequence[str]]] = {
-    "alone": ("one of five clients alone", ("participants=[0]",)),
-    "five": ("five clients", ()),
-    "five-7-rounds": ("five clients, in 7 rounds", ("num_rounds=7", "train.max_steps=24")),
-    "five-14-rounds": ("five clients, in 14 rounds", ("num_rounds=14", "train.max_steps=12")),
-    "five-56-rounds": ("five clients, in 56 rounds", ("num_rounds=56", "train.max_steps=3")),
-    "five-plain": (
-        "five clients, in 7 rounds of FedAvg alone",
-        (*SEVEN_ROUNDS, "train.statistics=recomputed"),
-    ),
-    "central-batch": (
-        "all images in one place, the batch of all five",
-        ("num_clients=1", "train.batch_size=320"),
-    ),
-    "central-steps": (
-        "all images in one place, the steps of all five",
-        ("num_clients=1", "train.max_steps=30"),
-    ),
-    "alone-steps": (
-        "one of five clients alone, the steps of all five",
-        ("participants=[0]", "train.max_steps=30"),
-    ),
-    "two-classes-alone": (
-        "one of five clients alone, two classes each",
-        ("participants=[0]", *TWO_CLASSES),
-    ),
-    "two-classes": ("five clients, two classes each", TWO_CLASSES),
-    "two-classes-plain": (
-        "five clients, two classes each, in 7 rounds of FedAvg alone",
-        (*SEVEN_ROUNDS, "train.statistics=recomputed", *TWO_CLASSES),
-    ),
-    **{
-        f"of-20-{count}": (
-            f"{count} of 20 clients",
-            (*OF_20, f"participants=[{','.join(map(str, range(count)))}]"),
-        )
-        for count in (1, 2, 5, 10, 20)
-    },
-    "of-50-1": ("1 of 50 clients", (*OF_50, "participants=[0]")),
-    "of-50-50": ("50 clients", OF_50),
-}
-BUDGETS = {
-    "cifar10_cpu": ["experiment=cifar10_cpu"],
-    "cifar10_cpu_client_alone": [*BETWEEN, "participants=[0]"],
-    "cifar10_cpu_centralized": [*BETWEEN, "num_clients=1", "train.max_steps=880"],
-    "cifar10_cpu_long": ["experiment=cifar10_cpu_long"],
-}
-RUNS: dict[str, list[str]] = BUDGETS | {
-    f"sweep/{name}": [
-        "experiment=cifar10_sweep",
-        *SEVEN_ROUNDS,
-        *overrides,
-        *([] if name == FIRST else ["eval.baselines=false"]),
-    ]
-    for name, (_, overrides) in COMPARED.items()
-}
-RUNS |= {
-    f"federation/{name}": ["experiment=cifar10_sweep", *overrides, "eval.baselines=false"]
-    for name, (_, overrides) in FEDERATIONS.items()
-}
-# The budgets take long, and the other strategies get more seeds once a first one helps.
-ONE_SEED = {*BUDGETS} | {
-    f"sweep/{name}" for name in ("short-first-rounds", "two-classes-fedprox", "fedadam")
-}
-# Evaluations besides that of main.py, by run.
-EVALUATIONS: dict[str, list[list[str]]] = {
-    f"sweep/{FIRST}": [
-        ["label_fraction=0.01"],
-        ["label_fraction=1.0", "seeds=1"],
-        ["eval=finetune", "seeds=1", "baselines=false", "batch_size=64"],
-        ["eval=supervised", "seeds=1", "baselines=false", "epochs=20"],
-    ],
-    "sweep/centralized": [
-        ["label_fraction=0.01", "baselines=false"],
-        ["label_fraction=1.0", "seeds=1", "baselines=false"],
-    ],
-}
 
 
 def missing(only: Sequence[str]) -> list[tuple[str, int]]:
@@ -177,6 +50,11 @@ def missing(only: Sequence[str]) -> list[tuple[str, int]]:
     ]
 
 
+def needs_path(name: str) -> bool:
+    """Tell whether a run is of CIFAR-10, which does not come along as the digits do."""
+    return any(override.startswith("experiment=cifar10") for override in RUNS[name])
+
+
 def run_one(name: str, seed: int, path: str, scratch: Path, jobs: int = 1) -> None:
     """Train and evaluate one run, then put its record in place as a whole.
 
@@ -188,7 +66,8 @@ def run_one(name: str, seed: int, path: str, scratch: Path, jobs: int = 1) -> No
     """
     output = scratch / name / f"seed{seed}"
     run, finished = output / "run", output / "commands.json"
-    places = [f"dataset.path={path}", f"output_dir={output}", f"run_dir={run}"]
+    data = [f"dataset.path={path}"] if needs_path(name) else []
+    places = [*data, f"output_dir={output}", f"run_dir={run}"]
     steps = [(["main.py", *RUNS[name], f"seed={seed}"], places)]
     steps += [(["test.py", *more], [f"run={run}"]) for more in EVALUATIONS.get(name, [])]
     lines = [" ".join(["python", *command]) for command, _ in steps]
@@ -255,9 +134,9 @@ def main() -> None:
     if given.list:
         print("\n".join(f"  {name} seed{seed}: {' '.join(RUNS[name])}" for name, seed in left))
         return
-    if left and not given.path:
+    if not given.path and any(needs_path(name) for name, _ in left):
         parser.error("--path is missing: a local copy of uoft-cs/cifar10")
-    path, shares = str(Path(given.path).resolve()) if left else "", share_cores(given.jobs)
+    path, shares = str(Path(given.path or ".").resolve()), share_cores(given.jobs)
     # The processes that a thread starts have its cores.
     pool = ThreadPoolExecutor(given.jobs, initializer=lambda: os.sched_setaffinity(0, next(shares)))
     try:

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from benchmarks.accuracy.sweep import COMPARED
+from benchmarks.accuracy.recorded import COMPARED
 from fedssl.env import ROOT
 
 RESULTS = ROOT / "results"

@@ -8,7 +8,8 @@ from conftest import ROOT
 from docs.pages import README, read
 from omegaconf import OmegaConf
 
-from benchmarks.accuracy import sweep, tables
+from benchmarks.accuracy import recorded as runs
+from benchmarks.accuracy import tables
 from fedssl.config.compose import load_config
 from fedssl.reporting import console
 from fedssl.runs.metrics import RoundMetrics
@@ -95,7 +96,7 @@ def test_the_distances_of_a_federation_are_those_of_the_recorded_runs():
     assert f"stays {head} points (kNN {knn}) below" in text
     head, knn = gap("cifar10_cpu", "cifar10_cpu_client_alone")
     assert f"is {head} (kNN {knn}) above a client alone" in text
-    config = load_config("config", sweep.RUNS["cifar10_cpu"])
+    config = load_config("config", runs.RUNS["cifar10_cpu"])
     plans = map(build_schedule(config).plan, range(1, 8))
     steps = sum(round(config.train.max_steps * plan.fraction) for plan in plans)
     assert f"({steps:,} of {config.train.batch_size} images" in text
