@@ -12,7 +12,9 @@ import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from benchmarks.accuracy.recorded import COMPARED
+from omegaconf import OmegaConf
+
+from benchmarks.accuracy.recorded import COMPARED, COUNTS_OF_20, FEDERATIONS
 from fedssl.env import ROOT
 
 RESULTS = ROOT / "results"
@@ -131,10 +133,70 @@ def comparison_table() -> list[str]:
     return lines
 
 
+def cost_columns(name: str) -> tuple[str, str, str]:
+    """Tell what a recorded run cost: steps of each client, images of all, megabytes of each.
+
+    The first is the time of a real federation, the second the compute of a simulation (the
+    images that all clients trained on, in thousands), the third is None for one client.
+    """
+    folder = RESULTS / name / "seed0"
+    rounds = [json.loads(text) for text in (folder / "metrics.jsonl").open()]
+    batch = OmegaConf.load(folder / "config.yaml").train.batch_size
+    clients = [client for row in rounds for client in row["clients"] if client.get("images")]
+    count = len({client["partition"] for client in clients})
+    images = sum(client["images"] for client in clients)
+    steps = images / count / batch
+    moved = sum(row["bytes_moved"] for row in rounds) / count / 1e6
+    of_batch = "" if batch == 64 else f" of {batch}"
+    return f"{steps:,.0f}{of_batch}", f"{images / 1000:,.0f}", f"{moved:,.0f}" if count > 1 else ""
+
+
+def scores_of(name: str) -> list[str]:
+    """Show a run's linear head, converged head and kNN."""
+    seeds = read_seeds(name)
+    methods = ("linear head", "converged head", "kNN")
+    return [cell(seeds, "federated SimCLR", method) for method in methods]
+
+
+def federations_table() -> list[str]:
+    """Tabulate what federations reach and cost, as far as it is recorded."""
+    costs = ("steps each", "thousand images, all", "MB each")
+    lines = head("", *costs, "linear head", "converged head", "kNN", "seeds")
+    for name, (title, _) in FEDERATIONS.items():
+        run = f"federation/{name}"
+        if not name.startswith("of-20") and (seeds := read_seeds(run)):
+            lines.append(line(title, *cost_columns(run), *scores_of(run), len(seeds)))
+    return lines
+
+
+def twenty_table() -> list[str]:
+    """Tabulate clients of twenty against the same time and the same compute, head and kNN."""
+    lines = head(
+        "clients",
+        "the federation",
+        "the same time: one of them alone",
+        "the same compute: one of them alone",
+        "the same compute: their images in one place",
+    )
+
+    def both(name: str) -> str:
+        linear, _, knn = scores_of(f"federation/{name}")
+        return f"{linear} / {knn}" if linear else ""
+
+    alone = both("of-20-1")
+    for count in COUNTS_OF_20:
+        same = (both(f"of-20-{how}-{count}") for how in ("steps", "together"))
+        if found := both(f"of-20-{count}"):
+            lines.append(line(count, found, alone, *(same if count > 1 else (alone, alone))))
+    return lines
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "digits": digits_table,
     "budgets": budget_table,
     "comparison": comparison_table,
+    "federations": federations_table,
+    "twenty": twenty_table,
 }
 
 
