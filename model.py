@@ -8,19 +8,14 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
-from fedssl.methods.base import Losses, Method
-from fedssl.networks.encoder import STAGES, Encoder
-from fedssl.networks.heads import make_head
+from fedssl.methods.projected import Projected
+from fedssl.networks.encoder import Encoder
 
 
-class SimCLR(Method):
-    """An encoder and the projection heads that only the loss sees.
-
-    With deep supervision (Lee et al., https://arxiv.org/abs/1409.5185) earlier stages have
-    heads and losses of their own, so that they learn from the first step on.
-    """
+class SimCLR(Projected):
+    """An encoder and projection heads, with NT-Xent for a loss."""
 
     def __init__(
         self,
@@ -35,43 +30,23 @@ class SimCLR(Method):
 
         Args:
             temperature: of NT-Xent, above 0.
-            projection_hidden, projection_size: widths of the two-layer heads.
-            deep_supervision: names of earlier stages with heads of their own.
+            projection_hidden, projection_size, deep_supervision: see `Projected`.
             shared_negatives: negatives of other clients for each view of a batch, for the
                 last stage's loss, see fedssl/federation/negatives.py.
         """
-        super().__init__()
+        super().__init__(encoder, projection_hidden, projection_size, deep_supervision)
         self.shared_negatives, self.shares_projections = shared_negatives, shared_negatives > 0
         self._points: Tensor | None = None
         self._generator: Generator | None = None
-        self.encoder, self.temperature = encoder, temperature
-        sizes = projection_hidden, projection_size
-        self.projection_head = make_head(encoder.feature_size, *sizes)
-        self.deep_heads = nn.ModuleDict(
-            {stage: make_head(encoder.width(stage), *sizes) for stage in deep_supervision}
-        )
+        self.temperature = temperature
 
-    def project(self, views: Tensor) -> list[Tensor]:
-        """Project views (2B, 3, H, W) in [0, 1] by all heads, the last stage's first.
+    def compare(self, projections: Tensor) -> Tensor:
+        """Compute NT-Xent, in nats."""
+        return nt_xent(projections, self.temperature)
 
-        Returns:
-            (2B, projection_size) of each head.
-        """
-        stages = self.encoder.stages(views)
-        deep = [head(stages[name]) for name, head in self.deep_heads.items()]
-        return [self.projection_head(stages[STAGES[-1]]), *deep]
-
-    def loss(self, views: Tensor) -> Losses:
-        """Compute NT-Xent of the last stage; the losses of all deep heads together count as much.
-
-        See `Method.loss`; the last stage's loss is reported, in nats.
-        """
-        projections, *deep = self.project(views)
-        loss = nt_xent(projections, self.temperature, self._draw_negatives(len(views)))
-        total = loss
-        if deep:
-            total = loss + torch.stack([nt_xent(p, self.temperature) for p in deep]).mean()
-        return Losses(total, loss.detach(), projections.detach())
+    def compare_last(self, projections: Tensor) -> Tensor:
+        """Compute NT-Xent, in training with the negatives of others."""
+        return nt_xent(projections, self.temperature, self._draw_negatives(len(projections)))
 
     def take_negatives(self, points: Tensor | None, generator: Generator) -> None:
         """Take where the projections of other clients lie, see `Method.take_negatives`."""

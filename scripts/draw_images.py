@@ -38,6 +38,7 @@ DIGITS = ROOT / "results" / "digits"
 RECORDED_RUN = DIGITS / "seed0"
 BENCHMARK = ROOT / "results" / "cifar10_cpu" / "seed0"
 SWEEP = ROOT / "results" / "sweep"
+FEDERATIONS = ROOT / "results" / "federation"
 NT_XENT = (
     r"$\ell_{i,j} = -\log\;\frac{\exp(\mathrm{sim}(z_i, z_j)/\tau)}"
     r"{\sum_{k=1}^{2N} 1_{[k \neq i]}\,\exp(\mathrm{sim}(z_i, z_k)/\tau)}$"
@@ -84,6 +85,50 @@ def draw_dealing(file: Path, overrides: Sequence[str]) -> None:
     image_set = open_images(config)
     counts = count_classes(image_set, open_partitions(config, image_set))
     draw_partitions(counts, image_set.class_names, file)
+
+
+def read_heads(name: str) -> list[float]:
+    """Read the linear head's accuracy of every recorded seed of a federation, in percent."""
+    runs = map(RunDirectory, sorted((FEDERATIONS / name).glob("seed*")))
+    return [100 * run.read_results()[-1]["rows"][0]["mean"] for run in runs]
+
+
+def draw_federations(file: Path, counts: Sequence[int] = (1, 2, 5, 10, 20)) -> None:
+    """Show what more clients of twenty are worth, for the same time and for the same compute."""
+    alone = "of-20-1"
+    together = [f"of-20-{count}" for count in counts]
+    panels = {
+        "in the same time: as many steps of each client": [
+            ("federated", together, BLUE, "o-"),
+            ("one of them alone", [alone] * len(counts), INK, "--"),
+        ],
+        "with the same compute: as many steps of all together": [
+            ("federated", together, BLUE, "o-"),
+            ("one of them alone", [alone, *(f"of-20-steps-{n}" for n in counts[1:])], INK, "s--"),
+            (
+                "all their images in one place",
+                [alone, *(f"of-20-together-{n}" for n in counts[1:])],
+                ORANGE,
+                "^:",
+            ),
+        ],
+    }
+    figure = Figure(figsize=(WIDTH, 5.2), layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(2, sharex=True), panels.items(), strict=True):
+        for label, names, color, style in lines:
+            heads = [read_heads(name) for name in names]
+            axes.plot(counts, [np.mean(each) for each in heads], style, color=color, label=label)
+            low, high = [min(each) for each in heads], [max(each) for each in heads]
+            axes.fill_between(counts, low, high, color=color, alpha=0.15, linewidth=0)
+        axes.set_title(title, color=INK, loc="left", fontsize="medium")
+        axes.set_ylabel("linear head, %", color=INK)
+        axes.set_xscale("log")
+        axes.set_xticks(counts, map(str, counts))
+        axes.minorticks_off()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize="small")
+    axes.set_xlabel("clients, each with 2,500 images", color=INK)
+    figure.savefig(file, dpi=150)
 
 
 class Sketch:
@@ -185,6 +230,8 @@ def main() -> None:
     if len(by_clients) > 1:
         runs, _, _ = gather(find_runs(by_clients))
         draw_comparison(runs, ["num_clients"], MAIN_METRIC, folder / "clients.png")
+    if list(FEDERATIONS.glob("of-20-*")):
+        draw_federations(folder / "federations.png")
     if given.run:
         for name in ("map.png", "neighbours.png"):
             shutil.copy(given.run / "figures" / name, folder)

@@ -158,7 +158,14 @@ GROUPS = {
             "fedssl.data.sources.folder.FolderSource": sections.FolderDataset,
         },
     ),
-    "method": Group("what the clients learn by", {"model.SimCLR": sections.SimCLR}),
+    "method": Group(
+        "what the clients learn by",
+        {
+            "model.SimCLR": sections.SimCLR,
+            "fedssl.methods.vicreg.VICReg": sections.VICReg,
+            "fedssl.methods.barlow_twins.BarlowTwins": sections.BarlowTwins,
+        },
+    ),
     "model": Group("encoder and projection head", {"": sections.Model}),
     "augment": Group("random views of an image", {"": sections.Augment}),
     "train": Group("how long clients train", {"": sections.Train}),

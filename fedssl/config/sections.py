@@ -93,6 +93,23 @@ class SimCLR(Method):
     )
 
 
+class VICReg(Method):
+    """VICReg, with the weights of its paper."""
+
+    invariance: float = Field(default=25.0, ge=0, description="weight: views of an image agree")
+    variance: float = Field(default=25.0, ge=0, description="weight: each number varies")
+    covariance: float = Field(default=1.0, ge=0, description="weight: none follows another")
+
+
+class BarlowTwins(Method):
+    """Barlow Twins."""
+
+    redundancy: float = Field(
+        default=0.005, ge=0, description="weight of the correlations between different numbers"
+    )
+    scale: float = Field(default=0.1, gt=0, description="of the whole loss")
+
+
 class Augment(Section):
     """What the two views of an image are made by."""
 

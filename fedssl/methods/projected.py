@@ -1,0 +1,70 @@
+"""Methods whose loss compares the projections of two views and needs nothing else."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fedssl.methods.base import Losses, Method
+from fedssl.networks.encoder import STAGES, Encoder
+from fedssl.networks.heads import make_head
+
+
+class Projected(Method):
+    """An encoder and the projection heads that only the loss sees.
+
+    With deep supervision (Lee et al., https://arxiv.org/abs/1409.5185) earlier stages have
+    heads and losses of their own, so that they learn from the first step on.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        projection_hidden: int,
+        projection_size: int,
+        deep_supervision: Sequence[str] = (),
+    ) -> None:
+        """Put heads at random initialization on an encoder.
+
+        Args:
+            projection_hidden, projection_size: widths of the two-layer heads.
+            deep_supervision: names of earlier stages with heads of their own.
+        """
+        super().__init__()
+        self.encoder = encoder
+        sizes = projection_hidden, projection_size
+        self.projection_head = make_head(encoder.feature_size, *sizes)
+        self.deep_heads = nn.ModuleDict(
+            {stage: make_head(encoder.width(stage), *sizes) for stage in deep_supervision}
+        )
+
+    @abstractmethod
+    def compare(self, projections: Tensor) -> Tensor:
+        """Compute the loss of projections (2B, D), a scalar; rows i and i + B show one image."""
+
+    def project(self, views: Tensor) -> list[Tensor]:
+        """Project views (2B, 3, H, W) in [0, 1] by all heads, the last stage's first.
+
+        Returns:
+            (2B, projection_size) of each head.
+        """
+        stages = self.encoder.stages(views)
+        deep = [head(stages[name]) for name, head in self.deep_heads.items()]
+        return [self.projection_head(stages[STAGES[-1]]), *deep]
+
+    def loss(self, views: Tensor) -> Losses:
+        """Compare the projections of the last stage; the losses of all deep heads count as much.
+
+        See `Method.loss`; the last stage's loss is reported.
+        """
+        projections, *deep = self.project(views)
+        loss = self.compare_last(projections)
+        total = loss
+        if deep:
+            total = loss + torch.stack([self.compare(p) for p in deep]).mean()
+        return Losses(total, loss.detach(), projections.detach())
+
+    def compare_last(self, projections: Tensor) -> Tensor:
+        """Compute the loss of the last stage's projections, as `compare` where that is no other."""
+        return self.compare(projections)
