@@ -6,6 +6,7 @@ import pytest
 from conftest import ROOT
 from omegaconf import OmegaConf
 
+from benchmarks.accuracy.recorded import RUNS
 from fedssl.config.checks import check_settings
 from fedssl.config.command_line import read_arguments
 from fedssl.config.compose import flatten, load_config, to_mapping
@@ -110,8 +111,9 @@ def test_a_recorded_configuration_becomes_one_of_today(file):
 
 def test_a_recorded_run_of_a_recipe_can_go_on():
     """Its configuration is the one that its command composes to today."""
-    recorded = RunDirectory(ROOT / "results/cifar10_cpu/seed0").load_config()
-    check_same(flatten(load_config("config", ["experiment=cifar10_cpu"])), flatten(recorded))
+    recorded = RunDirectory(ROOT / "results/sweep/clients-5/seed1").load_config()
+    today = load_config("config", [*RUNS["sweep/clients-5"], "seed=1"])
+    check_same(flatten(today), flatten(recorded))
 
 
 @pytest.mark.parametrize(
