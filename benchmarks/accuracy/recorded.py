@@ -115,7 +115,7 @@ BETWEEN = ("experiment=cifar10_cpu", "strategy.fraction_train=1", "eval.baseline
 BUDGETS = {
     "cifar10_cpu": ["experiment=cifar10_cpu"],
     "cifar10_cpu_client_alone": [*BETWEEN, "participants=[0]"],
-    "cifar10_cpu_centralized": [*BETWEEN, "num_clients=1", "train.max_steps=192"],
+    "cifar10_cpu_centralized": [*BETWEEN, "num_clients=1", "train.max_steps=180"],
     "cifar10_cpu_long": ["experiment=cifar10_cpu_long"],
 }
 # The same steps of each client here too: 28 rounds of an epoch instead of 7 of mostly 4.
