@@ -141,7 +141,7 @@ CIFAR10_CPU = {
     "augment.blur_sigma": [0.1, 2.0],
     "train.local_epochs": 2,
     "train.batch_size": 128,
-    "train.max_steps": 90,
+    "train.max_steps": 80,
     "train.round_fractions": [],
     "train.train_resolutions": [16],
     "train.eval_resolution": 32,

@@ -108,7 +108,7 @@ def test_the_command_line_wins_over_the_experiment_and_that_over_the_data_set():
     assert load_config("config", ["experiment=cifar10_cpu"]).optimizer.name == "muon"
     chosen = load_config("config", ["optimizer=sgd", "experiment=cifar10_cpu", "dataset=hub"])
     assert (chosen.optimizer.name, chosen.dataset.image_size) == ("sgd", 64)
-    assert (chosen.augment.blur, chosen.train.max_steps) == (0.5, 90)
+    assert (chosen.augment.blur, chosen.train.max_steps) == (0.5, 80)
 
 
 @pytest.mark.parametrize("recipe", EXPECTED)
