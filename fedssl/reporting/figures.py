@@ -56,7 +56,7 @@ def draw_loss_graph(rounds: Sequence[RoundMetrics], file: Path, title: str) -> N
         clients = [_known(metrics.clients, key) or [math.nan] for metrics in rounds]
         low, high = [min(values) for values in clients], [max(values) for values in clients]
         axes.fill_between(numbers, low, high, color=color, alpha=0.15, linewidth=0)
-    count = max(len(metrics.clients) for metrics in rounds)
+    count = len({client.partition for metrics in rounds for client in metrics.clients})
     axes.set_title(f"{title}, {count} clients", color=INK, loc="left")
     _style(axes, "loss (nats)")
     axes.legend(title="mean over clients; band: all clients", frameon=False, alignment="left")

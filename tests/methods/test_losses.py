@@ -29,13 +29,13 @@ def naive_vicreg(projections, invariance, variance, covariance_weight):
     """Equations 1 to 6 of the paper."""
     first, second = projections.chunk(2)
     count, size = first.shape
-    agree = sum(float((a - b).double() @ (a - b).double()) for a, b in zip(first, second))
+    agree = sum(
+        float((a - b).double() @ (a - b).double()) for a, b in zip(first, second, strict=True)
+    )
     total = invariance * agree / count / size
     for half in (first, second):
         numbers = columns(half)
-        lacks = [
-            max(0, 1 - math.sqrt(covariance(z, z) / (count - 1) + 1e-4)) for z in numbers
-        ]
+        lacks = [max(0, 1 - math.sqrt(covariance(z, z) / (count - 1) + 1e-4)) for z in numbers]
         total += variance * mean(lacks) / 2
         together = sum(
             (covariance(a, b) / (count - 1)) ** 2
