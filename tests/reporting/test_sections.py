@@ -5,7 +5,9 @@ from evaluation.small import BACKEND, make_encoder
 
 from fedssl.data.image_set import Images
 from fedssl.evaluation.features import extract_features
+from fedssl.reporting import figures
 from fedssl.reporting.sections import Encoders, RunImages, encode_some
+from fedssl.runs.metrics import ClientMetrics, RoundMetrics
 
 
 class Bare:
@@ -32,3 +34,14 @@ def test_training_images_stand_in_where_there_are_no_others(digits):
     encoders = Encoders(make_encoder(0), make_encoder(1), 3, 8, 16, BACKEND)
     encoded = encode_some(RunImages(Bare(digits.train), [], encoders), 5, seed=0)
     assert (encoded.kind, encoded.labels, len(encoded.pixels)) == ("training", None, 5)
+
+
+def test_the_loss_graph_counts_the_clients_of_all_rounds(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, file: drawn.append(figure))
+    rounds = [
+        RoundMetrics(round=number, train_loss=1.0, clients=(ClientMetrics(a), ClientMetrics(b)))
+        for number, (a, b) in enumerate(((0, 1), (1, 2), (0, 2)), start=1)
+    ]
+    figures.draw_loss_graph(rounds, tmp_path / "loss.png", "SimCLR on digits")
+    assert drawn[0].axes[0].get_title(loc="left") == "SimCLR on digits, 3 clients"
