@@ -164,6 +164,8 @@ GROUPS = {
             "model.SimCLR": sections.SimCLR,
             "fedssl.methods.vicreg.VICReg": sections.VICReg,
             "fedssl.methods.barlow_twins.BarlowTwins": sections.BarlowTwins,
+            "fedssl.methods.simsiam.SimSiam": sections.SimSiam,
+            "fedssl.methods.moco.MoCo": sections.MoCo,
         },
     ),
     "model": Group("encoder and projection head", {"": sections.Model}),

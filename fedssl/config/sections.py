@@ -110,6 +110,18 @@ class BarlowTwins(Method):
     scale: float = Field(default=0.1, gt=0, description="of the whole loss")
 
 
+class SimSiam(Method):
+    """SimSiam."""
+
+
+class MoCo(Method):
+    """MoCo v2."""
+
+    temperature: float = Field(default=0.2, gt=0, description="of the InfoNCE loss")
+    momentum: float = Field(default=0.99, ge=0, le=1, description="of the key encoder")
+    queue_size: int = Field(default=1024, ge=1, description="keys of earlier batches")
+
+
 class Augment(Section):
     """What the two views of an image are made by."""
 

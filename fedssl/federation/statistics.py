@@ -10,8 +10,7 @@ from torch import Tensor
 from fedssl.federation.guards import check_num_examples, read_metrics, read_replies
 from fedssl.federation.messages import read_tensors
 from fedssl.federation.nodes import Answer
-from fedssl.methods.base import Method
-from fedssl.networks.state import norm_layers
+from fedssl.methods.base import Method, shared_norm_layers
 from fedssl.runs.metrics import Failure
 from fedssl.training.statistics import (
     MEAN,
@@ -72,7 +71,7 @@ def read_moments(content: RecordDict, method: Method) -> tuple[Moments, float]:
 
 def expected_moments(method: Method) -> dict[str, int]:
     """Give the channels of each array that a client tells."""
-    layers = norm_layers(method)
+    layers = shared_norm_layers(method)
     names = [f"{VIEWS}{name}" for name in layers]
     names += [f"{WHOLE}{name}" for name in layers if name.startswith("encoder.")]
     return {

@@ -4,8 +4,10 @@ from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 from torch import Generator, Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedssl.networks.encoder import Encoder
+from fedssl.networks.state import norm_layers
 
 
 class Losses(NamedTuple):
@@ -75,3 +77,10 @@ def local_arrays(method: Method) -> dict[str, Tensor]:
     """Copy the arrays of a method's state that never travel."""
     state = method.state_dict()
     return {name: state[name].clone() for name in sorted(method.local_names())}
+
+
+def shared_norm_layers(method: Method) -> dict[str, _BatchNorm]:
+    """List the BatchNorm layers whose statistics travel, by name."""
+    local = method.local_names()
+    layers = norm_layers(method)
+    return {name: layers[name] for name in layers if f"{name}.running_mean" not in local}

@@ -49,9 +49,7 @@ class Projected(Method):
         Returns:
             (2B, projection_size) of each head.
         """
-        stages = self.encoder.stages(views)
-        deep = [head(stages[name]) for name, head in self.deep_heads.items()]
-        return [self.projection_head(stages[STAGES[-1]]), *deep]
+        return project(self.encoder, self.projection_head, self.deep_heads, views)
 
     def loss(self, views: Tensor) -> Losses:
         """Compare the projections of the last stage; the losses of all deep heads count as much.
@@ -59,12 +57,29 @@ class Projected(Method):
         See `Method.loss`; the last stage's loss is reported.
         """
         projections, *deep = self.project(views)
-        loss = self.compare_last(projections)
-        total = loss
-        if deep:
-            total = loss + torch.stack([self.compare(p) for p in deep]).mean()
-        return Losses(total, loss.detach(), projections.detach())
+        return add_up([self.compare_last(projections), *map(self.compare, deep)], projections)
 
     def compare_last(self, projections: Tensor) -> Tensor:
         """Compute the loss of the last stage's projections, as `compare` where that is no other."""
         return self.compare(projections)
+
+
+def project(
+    encoder: Encoder, projection_head: nn.Module, deep_heads: nn.ModuleDict, views: Tensor
+) -> list[Tensor]:
+    """Project views (2B, 3, H, W) in [0, 1] by all heads, the last stage's first."""
+    stages = encoder.stages(views)
+    deep = [head(stages[name]) for name, head in deep_heads.items()]
+    return [projection_head(stages[STAGES[-1]]), *deep]
+
+
+def add_up(losses: Sequence[Tensor], projections: Tensor) -> Losses:
+    """Give the losses of all heads the weights they have: the last stage's, and the mean of others.
+
+    Args:
+        losses: scalars, the last stage's first.
+        projections: of the last stage, (2B, D).
+    """
+    last, *deep = losses
+    total = last + torch.stack(deep).mean() if deep else last
+    return Losses(total, last.detach(), projections.detach())

@@ -56,7 +56,7 @@ def build_optimizers(
     """
     muon: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
-    for weight in method.parameters():
+    for _, weight in trained_weights(method):
         inner = weight.dim() > 1 and weight is not method.encoder.conv1.weight
         (muon if inner and settings.name == "muon" else others).append(weight)
     rate, momentum, decay = settings.learning_rate, settings.momentum, settings.weight_decay
@@ -76,8 +76,14 @@ def zero_momentum(method: Method, settings: OptimizerSettings) -> dict[str, Tens
     """
     if settings.momentum_start == "zero":
         return {}
-    weights = method.named_parameters()
-    return {f"{MOMENTUM}{name}": torch.zeros(weight.shape) for name, weight in weights}
+    return {
+        f"{MOMENTUM}{name}": torch.zeros(weight.shape) for name, weight in trained_weights(method)
+    }
+
+
+def trained_weights(method: Method) -> list[tuple[str, nn.Parameter]]:
+    """List the parameters that take gradients, with their names; a momentum target does not."""
+    return [each for each in method.named_parameters() if each[1].requires_grad]
 
 
 def split_momentum(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -90,7 +96,7 @@ def set_momentum(
     optimizers: Sequence[Optimizer], method: Method, momentum: Mapping[str, Tensor]
 ) -> None:
     """Let new optimizers begin with a momentum, as `zero_momentum` names it; empty for none."""
-    for name, weight in method.named_parameters() if momentum else ():
+    for name, weight in trained_weights(method) if momentum else ():
         kept = torch.empty_like(weight).copy_(momentum[f"{MOMENTUM}{name}"])
         _owner(optimizers, weight).state[weight]["momentum_buffer"] = kept
 
@@ -98,7 +104,7 @@ def set_momentum(
 def read_momentum(optimizers: Sequence[Optimizer], method: Method) -> dict[str, Tensor]:
     """Copy the momentum of all parameters; zeros where an optimizer has none."""
     found = {}
-    for name, weight in method.named_parameters():
+    for name, weight in trained_weights(method):
         kept = _owner(optimizers, weight).state[weight].get("momentum_buffer")
         found[f"{MOMENTUM}{name}"] = torch.zeros_like(weight) if kept is None else kept.clone()
     return found

@@ -17,8 +17,7 @@ from torch import Generator, Tensor, nn
 
 from fedssl.compute import Backend
 from fedssl.data.views import Augmentation, shrink
-from fedssl.methods.base import Method
-from fedssl.networks.state import norm_layers
+from fedssl.methods.base import Method, shared_norm_layers
 from fedssl.training.local import Pixels, get_batch
 
 IMAGES = 512  # of a client and round, at most
@@ -87,7 +86,7 @@ def _watch(method: Method) -> Iterator[dict[str, Tensor]]:
 
         return hook
 
-    layers, was_training = norm_layers(method), method.training
+    layers, was_training = shared_norm_layers(method), method.training
     kept = {name: [buffer.clone() for buffer in layer.buffers()] for name, layer in layers.items()}
     hooks = [layer.register_forward_pre_hook(look(name)) for name, layer in layers.items()]
     method.train()

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from fedssl.methods.barlow_twins import barlow_twins
+from fedssl.methods.moco import info_nce
+from fedssl.methods.predicted import distance
 from fedssl.methods.vicreg import vicreg
 
 
@@ -104,3 +106,30 @@ def test_losses_are_in_float32_under_autocast(loss):
         found = loss(projections.bfloat16())
     assert found.dtype == torch.float32
     assert float(found) == pytest.approx(float(loss(projections)), rel=0.05)
+
+
+def cosine(one, other):
+    one, other = one.double(), other.double()
+    return float(one @ other) / float(one.norm() * other.norm())
+
+
+def test_the_distance_is_that_of_unit_vectors():
+    predictions, targets = random_projections(3), random_projections(3, seed=1)
+    apart = [
+        float(((p / p.norm()) - (t / t.norm())).square().sum())
+        for p, t in zip(predictions, targets, strict=True)
+    ]
+    assert float(distance(predictions, targets)) == pytest.approx(mean(apart), rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5])
+def test_info_nce_equals_the_formula(temperature):
+    queries, keys = random_projections(3), random_projections(3, seed=1)
+    queue = torch.nn.functional.normalize(random_projections(4, seed=2), dim=1)
+    total = 0.0
+    for query, key in zip(queries, keys, strict=True):
+        right = math.exp(cosine(query, key) / temperature)
+        others = sum(math.exp(cosine(query, point) / temperature) for point in queue)
+        total -= math.log(right / (right + others))
+    found = float(info_nce(queries, keys, queue, temperature))
+    assert found == pytest.approx(total / len(queries), rel=1e-5)
