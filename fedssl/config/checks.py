@@ -233,7 +233,7 @@ def unknown_key(key: str, known: Mapping[str, Any]) -> str:
     keys = [*GROUPS, *(name for name in known if name != key)]
     close = get_close_matches(key, keys, n=1) or [k for k in keys if k.endswith(f".{key}")]
     if having and inner:
-        hint = f"only {' and '.join(having)} has it"
+        hint = f"only {' and '.join(having)} {'has' if len(having) == 1 else 'have'} it"
     else:
         hint = f"did you mean {close[0]}?" if close else "see --help for the known ones"
     return f"{key}: unknown key; {hint}"

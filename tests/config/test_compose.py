@@ -253,3 +253,26 @@ def test_what_a_command_line_gets_wrong_is_named(arguments, message):
         read()
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("experiment", sorted(f.stem for f in (CONF / "experiment").iterdir()))
+@pytest.mark.parametrize("method", sorted(f.stem for f in (CONF / "method").iterdir()))
+def test_every_experiment_takes_every_method(experiment, method):
+    plain = load_config("config", [f"experiment={experiment}"])
+    chosen = load_config("config", [f"experiment={experiment}", f"method={method}"])
+    expected = load_config("config", [f"method={method}"]).method
+    assert chosen.method._target_ == expected._target_
+    assert chosen.train == plain.train
+    assert chosen.optimizer == plain.optimizer
+
+
+@pytest.mark.parametrize("experiment", sorted(f.stem for f in (CONF / "experiment").iterdir()))
+def test_every_experiment_takes_every_optimizer(experiment):
+    for optimizer in (f.stem for f in (CONF / "optimizer").iterdir()):
+        chosen = load_config("config", [f"experiment={experiment}", f"optimizer={optimizer}"])
+        assert chosen.optimizer.name == optimizer.partition("_")[0]
+
+
+def test_a_key_of_two_methods_names_both():
+    with pytest.raises(UserError, match="only SimCLR and MoCo have it"):
+        load_config("config", ["method=vicreg", "method.temperature=0.2"])

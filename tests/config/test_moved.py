@@ -16,7 +16,8 @@ from fedssl.errors import UserError
 from fedssl.runs.directory import RunDirectory
 from fedssl.runs.resume import check_same
 
-RECORDED = sorted(ROOT.glob("results/**/config.yaml"))
+EVERY = sorted(ROOT.glob("results/**/config.yaml"))
+RECORDED = [file for file in EVERY if "temperature" in OmegaConf.load(file).train]  # with old names
 MOVED = [
     ("train.temperature=0.1", "method.temperature=0.1"),
     ("train.optimizer=sgd", "optimizer=sgd"),
@@ -107,6 +108,17 @@ def test_a_recorded_configuration_becomes_one_of_today(file):
     assert config.train.train_resolutions == old.train.view_sizes
     assert config.eval.learning_rate == config.head.learning_rate == old.eval.learning_rate
     assert config.max_update_ratio == old.max_step_ratio
+
+
+@pytest.mark.parametrize(
+    "file",
+    sorted({*EVERY} - {*RECORDED}),
+    ids=lambda file: str(file.parent.relative_to(ROOT)),
+)
+def test_a_newer_recorded_configuration_is_one_of_today(file):
+    config = RunDirectory(file.parent).load_config()
+    check_settings("config", to_mapping(config))
+    assert flatten(OmegaConf.load(file)).items() <= flatten(config).items()
 
 
 def test_a_recorded_run_of_a_recipe_can_go_on():
