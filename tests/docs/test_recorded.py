@@ -51,6 +51,29 @@ def test_the_headlines_are_those_of_the_recorded_runs():
         assert words in headline, words
 
 
+def test_what_a_federation_is_worth_is_recorded():
+    def both(name):
+        results = recorded(f"federation/{name}/seed0/results.json")
+        rows = [
+            tables.find_score(results, "federated SimCLR", how) for how in ("linear head", "kNN")
+        ]
+        return " / ".join(f"{100 * row['mean']:.1f}" for row in rows)
+
+    told = README.partition("What a federation is worth")[2].partition("## Start")[0]
+    shown = re.findall(r"\d\d\.\d / \d\d\.\d", told)
+    names = ("five", "alone", "two-classes", "two-classes-alone", "central-steps")
+    assert shown == [both(name) for name in names]
+
+
+def test_what_digits_of_two_classes_give_is_recorded():
+    results = recorded("digits_two_classes_56_rounds/seed0/results.json")
+    linear, knn = (
+        tables.show(tables.find_score(results, "federated SimCLR", how)["top1"])
+        for how in ("linear head", "kNN")
+    )
+    assert f"{linear} % (kNN {knn} %, seed 0)" in read("docs/results.md")
+
+
 def test_what_the_readme_shows_of_a_run_is_what_a_run_shows(capsys):
     """Rounds and results of the recorded run, as the program prints them now."""
     with console.RoundProgress(7) as progress:
