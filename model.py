@@ -40,13 +40,11 @@ class SimCLR(Projected):
         self._generator: Generator | None = None
         self.temperature = temperature
 
-    def compare(self, projections: Tensor) -> Tensor:
-        """Compute NT-Xent, in nats."""
-        return nt_xent(projections, self.temperature)
-
-    def compare_last(self, projections: Tensor) -> Tensor:
-        """Compute NT-Xent, in training with the negatives of others."""
-        return nt_xent(projections, self.temperature, self._draw_negatives(len(projections)))
+    def compare(self, projections: Sequence[Tensor], views: Tensor) -> list[Tensor]:
+        """Compute NT-Xent of each head, in nats; the last stage's may have negatives of others."""
+        last, *deep = projections
+        loss = nt_xent(last, self.temperature, self._draw_negatives(len(last)))
+        return [loss, *(nt_xent(each, self.temperature) for each in deep)]
 
     def take_negatives(self, points: Tensor | None, generator: Generator) -> None:
         """Take where the projections of other clients lie, see `Method.take_negatives`."""

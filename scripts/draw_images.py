@@ -94,7 +94,10 @@ def read_heads(name: str) -> list[float]:
 
 
 def draw_federations(file: Path, counts: Sequence[int] = (1, 2, 5, 10, 20)) -> None:
-    """Show what more clients of twenty are worth, for the same time and for the same compute."""
+    """Show what more clients of twenty are worth, for the same time and for the same compute.
+
+    Nothing is drawn before all of these runs are recorded.
+    """
     alone = "of-20-1"
     together = [f"of-20-{count}" for count in counts]
     panels = {
@@ -113,6 +116,9 @@ def draw_federations(file: Path, counts: Sequence[int] = (1, 2, 5, 10, 20)) -> N
             ),
         ],
     }
+    needed = [name for lines in panels.values() for _, names, *_ in lines for name in names]
+    if not all(map(read_heads, needed)):
+        return
     figure = Figure(figsize=(WIDTH, 5.2), layout="constrained")
     for axes, (title, lines) in zip(figure.subplots(2, sharex=True), panels.items(), strict=True):
         for label, names, color, style in lines:
@@ -230,8 +236,7 @@ def main() -> None:
     if len(by_clients) > 1:
         runs, _, _ = gather(find_runs(by_clients))
         draw_comparison(runs, ["num_clients"], MAIN_METRIC, folder / "clients.png")
-    if list(FEDERATIONS.glob("of-20-*")):
-        draw_federations(folder / "federations.png")
+    draw_federations(folder / "federations.png")
     if given.run:
         for name in ("map.png", "neighbours.png"):
             shutil.copy(given.run / "figures" / name, folder)

@@ -144,10 +144,8 @@ def test_any_update_is_refused_or_sound(state, given_metrics, complete, change):
     names = [name for name, value in state.items() if value.dtype in (torch.float32, torch.float64)]
     packed = pack_arrays(split_state(state, names)[0])
     if not complete:
-        data = packed["safetensors"].numpy().tobytes()
-        packed = ArrayRecord(
-            {"safetensors": Array(np.frombuffer(damage(data, change), dtype=np.uint8))}
-        )
+        data = damage(packed["safetensors"].data, change)
+        packed = ArrayRecord({"safetensors": Array("uint8", (len(data),), "safetensors", data)})
     content = write_state(state, names)
     try:
         content["arrays"] = unpack_arrays(packed)

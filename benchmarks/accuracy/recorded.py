@@ -9,8 +9,8 @@ SEVEN_ROUNDS = (
     *("optimizer.momentum_start=zero", "optimizer.muon_learning_rate=0.05"),
     "optimizer.learning_rate=0.03",
 )
-# In these the images and steps of all clients together are the same: 840 steps of 64.
 TWO_CLASSES = ("partition=pathological", "partition.classes_per_client=2")
+# In these the images and steps of all clients together are the same: 840 steps of 64.
 COMPARED: dict[str, tuple[str, Sequence[str]]] = {  # title in the table, and overrides
     "clients-5": ("5 clients, IID, FedAvg", ()),
     "centralized": (
@@ -118,7 +118,7 @@ BUDGETS = {
     "cifar10_cpu_centralized": [*BETWEEN, "num_clients=1", "train.max_steps=160"],
     "cifar10_cpu_long": ["experiment=cifar10_cpu_long"],
 }
-# The same steps of each client here too, 85 and 88 of 64 images, mostly one or two a round.
+# About the same steps of each client in all: 84 of 64 images in 7 rounds, 88 in more.
 DIGITS_OFTEN = ("train.local_epochs=1", "optimizer.momentum_start=averaged")
 DIGITS = {
     "digits": ["precision=float32"],

@@ -143,7 +143,7 @@ def cost_columns(name: str) -> tuple[str, str, str]:
     """Tell what a recorded run cost: steps of each client, images of all, megabytes of each.
 
     The first is the time of a real federation, the second the compute of a simulation (the
-    images that all clients trained on, in thousands), the third is None for one client.
+    images that all clients trained on, in thousands), the third is empty for one client.
     """
     folder = RESULTS / name / "seed0"
     rounds = [json.loads(text) for text in (folder / "metrics.jsonl").open()]

@@ -28,7 +28,8 @@ https://arxiv.org/abs/2110.06848, `layers` those of the projection head; `all_st
 linear head on the features of all four stages at once.
 
 Those with `arguments_of_trials` are by a script that their commit has as
-benchmarks/accuracy/trials.py: all clients in one process, its own rounds, scores with the
+benchmarks/accuracy/trials.py (the last six with `momentum_buffer` for its `velocity`): all
+clients in one process, its own rounds, scores with the
 statistics that clients averaged, and with statistics taken anew over views and over whole
 images. Its `--momentum`, `--recal`, `--fixbn` and `--synth` are what
 `optimizer.momentum_start`, `train.statistics`, `train.global_statistics_from` (there a round)

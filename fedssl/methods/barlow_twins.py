@@ -37,9 +37,9 @@ class BarlowTwins(Projected):
         super().__init__(encoder, projection_hidden, projection_size, deep_supervision)
         self.redundancy, self.scale = redundancy, scale
 
-    def compare(self, projections: Tensor) -> Tensor:
-        """Compute the scaled loss."""
-        return self.scale * barlow_twins(projections, self.redundancy)
+    def compare(self, projections: Sequence[Tensor], views: Tensor) -> list[Tensor]:
+        """Compute the scaled loss of each head."""
+        return [self.scale * barlow_twins(each, self.redundancy) for each in projections]
 
 
 def barlow_twins(projections: Tensor, redundancy: float = 5e-3) -> Tensor:

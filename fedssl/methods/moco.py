@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedssl.methods.base import Losses
 from fedssl.methods.follower import Follower
-from fedssl.methods.projected import Projected, add_up
+from fedssl.methods.projected import Projected
 from fedssl.networks.encoder import Encoder
 
 
@@ -47,24 +46,14 @@ class MoCo(Projected):
         self.register_buffer("place", torch.tensor(0))
         self._keys: Tensor | None = None
 
-    def loss(self, views: Tensor) -> Losses:
-        """Compute InfoNCE of both views, in nats; see `Method.loss`.
-
-        The losses of all deep heads together count as much as the last stage's.
-        """
-        projections = self.project(views)
+    def compare(self, projections: Sequence[Tensor], views: Tensor) -> list[Tensor]:
+        """Compute InfoNCE of both views for each head, in nats."""
         keys = torch.stack([F.normalize(k.float(), dim=1) for k in self.target.project(views)])
         self._keys = keys if self.training else None
-        losses = [
+        return [
             info_nce(own, key.roll(len(key) // 2, dims=0), queue, self.temperature)
             for own, key, queue in zip(projections, keys, self.queues, strict=True)
         ]
-        return add_up(losses, projections[0])
-
-    def compare(self, projections: Tensor) -> Tensor:
-        """Compute InfoNCE of projections with each other for keys and the last stage's queue."""
-        keys = projections.detach().roll(len(projections) // 2, dims=0)
-        return info_nce(projections, keys, self.queues[0], self.temperature)
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:

@@ -1,4 +1,4 @@
-"""Methods whose loss compares the projections of two views and needs nothing else."""
+"""Methods whose loss is of projections: an encoder, and heads on one or several stages."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -40,8 +40,14 @@ class Projected(Method):
         )
 
     @abstractmethod
-    def compare(self, projections: Tensor) -> Tensor:
-        """Compute the loss of projections (2B, D), a scalar; rows i and i + B show one image."""
+    def compare(self, projections: Sequence[Tensor], views: Tensor) -> list[Tensor]:
+        """Compute the loss of each head, a scalar.
+
+        Args:
+            projections: (2B, D) of each head, the last stage's first; rows i and i + B show
+                one image.
+            views: what was projected, (2B, 3, H, W) in [0, 1].
+        """
 
     def project(self, views: Tensor) -> list[Tensor]:
         """Project views (2B, 3, H, W) in [0, 1] by all heads, the last stage's first.
@@ -52,16 +58,14 @@ class Projected(Method):
         return project(self.encoder, self.projection_head, self.deep_heads, views)
 
     def loss(self, views: Tensor) -> Losses:
-        """Compare the projections of the last stage; the losses of all deep heads count as much.
+        """Add up the losses of the heads: that of the last stage, and the mean of the others.
 
         See `Method.loss`; the last stage's loss is reported.
         """
-        projections, *deep = self.project(views)
-        return add_up([self.compare_last(projections), *map(self.compare, deep)], projections)
-
-    def compare_last(self, projections: Tensor) -> Tensor:
-        """Compute the loss of the last stage's projections, as `compare` where that is no other."""
-        return self.compare(projections)
+        projections = self.project(views)
+        last, *deep = self.compare(projections, views)
+        total = last + torch.stack(deep).mean() if deep else last
+        return Losses(total, last.detach(), projections[0].detach())
 
 
 def project(
@@ -71,15 +75,3 @@ def project(
     stages = encoder.stages(views)
     deep = [head(stages[name]) for name, head in deep_heads.items()]
     return [projection_head(stages[STAGES[-1]]), *deep]
-
-
-def add_up(losses: Sequence[Tensor], projections: Tensor) -> Losses:
-    """Give the losses of all heads the weights they have: the last stage's, and the mean of others.
-
-    Args:
-        losses: scalars, the last stage's first.
-        projections: of the last stage, (2B, D).
-    """
-    last, *deep = losses
-    total = last + torch.stack(deep).mean() if deep else last
-    return Losses(total, last.detach(), projections.detach())

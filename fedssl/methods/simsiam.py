@@ -1,18 +1,46 @@
-"""SimSiam: the predictor tells the same network's projection, through which no gradient goes.
+"""SimSiam: a predictor tells the projection of the other view, through which no gradient goes.
 
 Chen and He, "Exploring Simple Siamese Representation Learning", https://arxiv.org/abs/2011.10566.
 """
 
 from collections.abc import Sequence
 
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from fedssl.methods.predicted import Predicted
+from fedssl.methods.projected import Projected
+from fedssl.networks.encoder import Encoder
+from fedssl.networks.heads import make_head
 
 
-class SimSiam(Predicted):
-    """An encoder, heads and predictors; half of `distance` minus one is the paper's loss."""
+class SimSiam(Projected):
+    """An encoder, its projection heads, and behind each a predictor; no negatives."""
 
-    def targets(self, views: Tensor, projections: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Give the projections themselves."""
-        return [each.detach() for each in projections]
+    def __init__(
+        self,
+        encoder: Encoder,
+        projection_hidden: int,
+        projection_size: int,
+        deep_supervision: Sequence[str] = (),
+    ) -> None:
+        """Put heads and predictors at random initialization on an encoder.
+
+        Args:
+            projection_hidden: width inside the heads and the predictors.
+            projection_size, deep_supervision: see `Projected`.
+        """
+        super().__init__(encoder, projection_hidden, projection_size, deep_supervision)
+        sizes = projection_size, projection_hidden, projection_size
+        self.predictors = nn.ModuleList(make_head(*sizes) for _ in range(1 + len(self.deep_heads)))
+
+    def compare(self, projections: Sequence[Tensor], views: Tensor) -> list[Tensor]:
+        """Compute how far predictions lie from the other view's projection, from 0 to 4."""
+        return [
+            distance(predict(own), own.detach().roll(len(own) // 2, dims=0))
+            for predict, own in zip(self.predictors, projections, strict=True)
+        ]
+
+
+def distance(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Compute 2 - 2 cos, the mean over rows (N, D), in float32; twice the paper's loss plus 2."""
+    return 2 - 2 * F.cosine_similarity(predictions.float(), targets.float()).mean()

@@ -38,9 +38,9 @@ class VICReg(Projected):
         super().__init__(encoder, projection_hidden, projection_size, deep_supervision)
         self.weights = invariance, variance, covariance
 
-    def compare(self, projections: Tensor) -> Tensor:
-        """Compute the sum of the three terms."""
-        return vicreg(projections, *self.weights)
+    def compare(self, projections: Sequence[Tensor], views: Tensor) -> list[Tensor]:
+        """Compute the sum of the three terms for each head."""
+        return [vicreg(each, *self.weights) for each in projections]
 
 
 def vicreg(

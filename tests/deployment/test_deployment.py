@@ -206,20 +206,20 @@ def test_a_node_that_dies_is_left_out_and_taken_back(place):
     (place.home / ".flwr" / "config.toml").write_text(
         f'[superlink.two-sites]\naddress = "{place.link}"\ninsecure = true\n'
     )
-    overrides = [*TINY, "round_timeout_s=30", "min_nodes=1", "num_clients=2", "num_rounds=4"]
+    overrides = [*TINY, "round_timeout_s=60", "min_nodes=1", "num_clients=2", "num_rounds=3"]
     overrides += [f"output_dir={place.outputs}", f"cache_dir={place.folder}/cache"]
     run_config = f'hydra-overrides="{" ".join(overrides)}"'
     place.start("server", "flwr", "run", ".", "two-sites", "--stream", "--run-config", run_config)
     place.wait_for("server", "configure_train", 240)
     place.kill("client2")
     place.client(2)
-    place.wait_for("server", "without client 1: no reply within 30 s", 90)
+    place.wait_for("server", "without client 1: no reply within 60 s", 180)
     # Without a key of its own it gets its partition once its old heartbeat is missing.
-    place.wait_for("server", "partition 1 is connected again", 120)
-    assert place.end("server", 120) == 0, place.all_logs()
+    place.wait_for("server", "partition 1 is connected again", 240)
+    assert place.end("server", 400) == 0, place.all_logs()
     first, *_, last = place.rounds()
     (failure,) = first["failures"]
-    assert (failure["partition"], failure["reason"]) == (1, "no reply within 30 s")
+    assert (failure["partition"], failure["reason"]) == (1, "no reply within 60 s")
     assert [client["partition"] for client in first["clients"]] == [0]
     assert [client["partition"] for client in last["clients"]] == [0, 1]
     assert last["failures"] == []

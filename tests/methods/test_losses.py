@@ -7,7 +7,7 @@ import torch
 
 from fedssl.methods.barlow_twins import barlow_twins
 from fedssl.methods.moco import info_nce
-from fedssl.methods.predicted import distance
+from fedssl.methods.simsiam import distance
 from fedssl.methods.vicreg import vicreg
 
 

@@ -40,6 +40,18 @@ def train(method, digits, backend=BACKEND, momentum=None):
     )
 
 
+def hold_out(method, digits, rows, backend=BACKEND):
+    return local_loss(
+        method,
+        digits.train.pixels,
+        rows,
+        VIEWS,
+        batch_size=32,
+        generator=generator_for(0, "evaluate"),
+        backend=backend,
+    )
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_the_same_seed_gives_the_same_bytes(name, digits):
     first, second = (make_method(name, "model.deep_supervision=[layer3]") for _ in range(2))
@@ -82,15 +94,7 @@ def test_losses_are_finite_in_bfloat16_and_held_out(name, digits):
     method = make_method(name, "model.deep_supervision=[layer2,layer3]")
     backend = Backend(CPU, torch.bfloat16)
     assert np.isfinite(train(method, digits, backend).loss)
-    loss, representation = local_loss(
-        method,
-        digits.train.pixels,
-        np.arange(96, 160),
-        VIEWS,
-        batch_size=32,
-        generator=generator_for(0, "evaluate"),
-        backend=backend,
-    )
+    loss, representation = hold_out(method, digits, np.arange(96, 160), backend)
     assert np.isfinite(loss)
     assert representation["effective-rank"] > 1
 
@@ -114,15 +118,7 @@ def test_mocos_queue_holds_the_newest_keys_and_its_key_encoder_follows(digits):
 def test_moco_changes_no_queue_on_held_out_images(digits):
     method = make_method("moco")
     before = local_arrays(method)
-    local_loss(
-        method,
-        digits.train.pixels,
-        np.arange(64),
-        VIEWS,
-        batch_size=32,
-        generator=generator_for(0, "evaluate"),
-        backend=BACKEND,
-    )
+    hold_out(method, digits, np.arange(64))
     method.after_step(1.0)
     after = local_arrays(method)
     assert torch.equal(before["queues"], after["queues"])
