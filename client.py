@@ -2,13 +2,15 @@
 
 import functools
 import logging
+import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from omegaconf import DictConfig, OmegaConf
@@ -19,10 +21,12 @@ from fedssl.data.image_set import ImageSet
 from fedssl.data.partitions import split_held_out
 from fedssl.data.views import Augmentation
 from fedssl.errors import UserError, name_some
+from fedssl.federation.keeping import Keeping, folder_at_node, folder_of
 from fedssl.federation.messages import (
     ARRAYS,
     CONFIG,
     METRICS,
+    RUN,
     packed_transport,
     read_state,
     write_state,
@@ -42,19 +46,23 @@ from fedssl.training.local import (
     projection_moments,
 )
 from fedssl.training.optimizers import split_momentum
+from fedssl.training.receiving import Receiving, Replace
 from fedssl.training.schedule import Schedule
 from fedssl.training.statistics import measure_moments
 from utils import (
     build_method,
+    build_receiving,
     build_schedule,
     build_train_settings,
     build_views,
+    check_enough,
     open_client_images,
     read_config,
 )
 
 Metrics = dict[str, int | float | list[int] | list[float]]  # as Flower has them
-LOCAL = "method-arrays"  # what a method keeps with its client, in Flower's `context.state`
+OWN, MEMORY = "own:", "memory:"  # before names of what `Receiving` needs, among what is kept
+RUN_NAME = re.compile("[0-9a-f]{8,64}")
 SEE_LOG = "see the node's log"
 log = logging.getLogger("flwr")  # at a node, what the node's command shows
 
@@ -69,6 +77,7 @@ class ClientConfig:
         data_path: its own folder of images instead; labels are not looked for.
         standalone: at a node of its own: nobody else has opened and checked its images
             before, and names of its files stay there.
+        kept_in: folder of what clients keep of this run; None at a node, which has its own.
     """
 
     config_text: str
@@ -76,6 +85,7 @@ class ClientConfig:
     num_partitions: int
     data_path: str | None = None
     standalone: bool = True
+    kept_in: str | None = None
 
 
 @dataclass
@@ -87,6 +97,9 @@ class ClientState:
         partitions: the rows of each.
         held_out: share of a client's images that are kept for its evaluation.
         first_local: the method's arrays that never travel, as a client begins.
+        receiving: how it takes the global model to train on.
+        cache: this machine's folder, where a node keeps what never travels.
+        keep_rounds: checkpoints that a run keeps.
         unreadable: names of files that could not be decoded.
     """
 
@@ -100,7 +113,15 @@ class ClientState:
     seed: int
     held_out: float
     first_local: Mapping[str, Tensor] = field(default_factory=dict)
+    receiving: Receiving = field(default_factory=Replace)
+    cache: Path | None = None
+    keep_rounds: int = 1
     unreadable: Sequence[str] = ()
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a client keeps anything from round to round."""
+        return bool(self.first_local) or self.receiving.remembers
 
     def views_of(self, round_number: int) -> Augmentation:
         """Give the views of a round; their size may grow over the rounds."""
@@ -134,6 +155,9 @@ def load_client(config_text: str, num_partitions: int, data_path: str | None) ->
         config.seed,
         config.held_out,
         local_arrays(method),
+        build_receiving(config, method),
+        Path(config.cache_dir).expanduser(),
+        config.keep_checkpoints,
         image_set.unreadable,
     )
 
@@ -168,14 +192,19 @@ def load_cached(client: ClientConfig) -> ClientState:
     return load_client(client.config_text, client.num_partitions, client.data_path)
 
 
-def simulated(config: DictConfig) -> Identify:
-    """Identify virtual clients: Flower numbers their partitions itself."""
+def simulated(config: DictConfig, kept_in: Path | None = None) -> Identify:
+    """Identify virtual clients: Flower numbers their partitions itself.
+
+    Args:
+        kept_in: folder of what clients keep from round to round; None for no files.
+    """
     text = OmegaConf.to_yaml(config, resolve=True)
 
     def identify(context: Context) -> ClientConfig:
         node = context.node_config
         number, count = int(node["partition-id"]), int(node["num-partitions"])
-        return ClientConfig(text, number, count, standalone=False)
+        folder = None if kept_in is None else str(kept_in)
+        return ClientConfig(text, number, count, standalone=False, kept_in=folder)
 
     return identify
 
@@ -264,7 +293,8 @@ def query_reply(
         config = read_config(client.config_text)
         opened = open_client_images(config, client.num_partitions, client.data_path, verify=True)
         tell_unreadable(opened[0])
-    state.rows_of(client)
+    train, _ = state.rows_of(client)
+    check_enough(state.method, len(train), client.partition)
     metrics = MetricRecord({"partition-id": client.partition})
     return Message(RecordDict({METRICS: metrics}), reply_to=message)
 
@@ -273,7 +303,8 @@ def train_reply(
     client: ClientConfig, state: ClientState, message: Message, context: Context
 ) -> Message:
     """Answer a training message: the weights after a round of local training."""
-    momentum = _load_model(state, message, context)
+    keeping = open_keeping(client, state, message, context)
+    momentum, memory = _load_to_train(state, message, keeping)
     request = message.content.config_records[CONFIG]
     round_number = round_of(message)
     rows, _ = state.rows_of(client)
@@ -291,7 +322,8 @@ def train_reply(
         negatives=others(request.get(NEGATIVES), client.partition),
     )
     release_memory()  # before the weights are copied into the reply
-    _keep_local(state, context)
+    if keeping:
+        keeping.write(round_number, _to_keep(state, memory))
     metrics: Metrics = {
         "partition-id": client.partition,
         "num-examples": len(rows),
@@ -311,7 +343,7 @@ def evaluate_reply(
     client: ClientConfig, state: ClientState, message: Message, context: Context
 ) -> Message:
     """Answer an evaluation message: the loss of the held-out images, same views every round."""
-    _load_model(state, message, context)
+    _load_to_measure(state, message, open_keeping(client, state, message, context))
     round_number = round_of(message)
     own, rows = state.rows_of(client)
     loss, representation = local_loss(
@@ -344,7 +376,7 @@ def statistics_reply(
     client: ClientConfig, state: ClientState, message: Message, context: Context
 ) -> Message:
     """Answer what enters the BatchNorm layers: mean and mean square over this client's images."""
-    _load_model(state, message, context)
+    _load_to_measure(state, message, open_keeping(client, state, message, context))
     round_number = round_of(message)
     rows, _ = state.rows_of(client)
     moments = measure_moments(
@@ -366,20 +398,63 @@ def round_of(message: Message) -> int:
     return int(str(message.content.config_records[CONFIG]["server-round"]))
 
 
-def _load_model(state: ClientState, message: Message, context: Context) -> dict[str, Tensor]:
-    """Load a message's weights, and beside them what the client keeps of its own.
+def open_keeping(
+    client: ClientConfig, state: ClientState, message: Message, context: Context
+) -> Keeping | None:
+    """Find what a client keeps from round to round; None for a method that keeps nothing.
+
+    Raises:
+        ValueError: the message names its run in another way than a server does.
+    """
+    if not state.keeps:
+        return None
+    folder = Path(client.kept_in) if client.kept_in else None
+    if client.standalone and state.cache:
+        run = str(message.content.config_records[CONFIG].get(RUN, ""))
+        if not RUN_NAME.fullmatch(run):
+            raise ValueError("the message does not say of which run it is")
+        folder = folder_at_node(state.cache, run)
+    own = None if folder is None else folder_of(folder, client.partition)
+    return Keeping(context, own, state.keep_rounds)
+
+
+def _load_to_train(
+    state: ClientState, message: Message, keeping: Keeping | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Load what a training message brings, and beside it what the client keeps of its own.
 
     Returns:
-        The momentum that the message brings, if any.
+        The momentum that the message brings, if any, and the memory of `Receiving`.
     """
-    kept = context.state.array_records.get(LOCAL)
-    local = kept.to_torch_state_dict() if kept else state.first_local
+    kept = keeping.read(round_of(message) - 1) if keeping else {}
     shared, momentum = split_momentum(read_state(message.content))
+    memory = _take(kept, MEMORY)
+    if own := _take(kept, OWN):
+        shared = state.receiving.receive(shared, own, memory)
+    _load(state, shared, kept)
+    return momentum, memory
+
+
+def _load_to_measure(state: ClientState, message: Message, keeping: Keeping | None) -> None:
+    """Load the global model as it is, and beside it the arrays that never travel."""
+    kept = keeping.read(round_of(message)) if keeping else {}
+    _load(state, split_momentum(read_state(message.content))[0], kept)
+
+
+def _load(state: ClientState, shared: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
+    local = {name: kept.get(name, first) for name, first in state.first_local.items()}
     load_state(state.method, {**shared, **local})
-    return momentum
+    if not kept:
+        state.method.begin_locally()
 
 
-def _keep_local(state: ClientState, context: Context) -> None:
-    """Keep the method's arrays that never travel until the client's next message."""
-    if local := local_arrays(state.method):
-        context.state[LOCAL] = ArrayRecord(local)
+def _to_keep(state: ClientState, memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gather what a client needs in its next round and nobody else does."""
+    own = state.method.shared_state() if state.receiving.remembers else {}
+    kept = {f"{OWN}{name}": value.cpu() for name, value in own.items()}
+    kept |= {f"{MEMORY}{name}": value for name, value in memory.items()}
+    return {**{n: v.cpu() for n, v in local_arrays(state.method).items()}, **kept}
+
+
+def _take(kept: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): v for n, v in kept.items() if n.startswith(prefix)}

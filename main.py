@@ -29,6 +29,7 @@ from fedssl.data.partitions import split_held_out
 from fedssl.data.sources.base import absolute
 from fedssl.errors import WARNING, name_some
 from fedssl.evaluation.base import check_evaluable
+from fedssl.federation.keeping import check_kept
 from fedssl.federation.resources import ClientResources
 from fedssl.federation.simulation import simulate
 from fedssl.files import check_writable
@@ -46,6 +47,8 @@ from fedssl.runs.directory import RunDirectory
 from fedssl.runs.resume import check_continuation, with_earlier_overrides
 from utils import (
     build_method,
+    build_receiving,
+    check_enough,
     continuation_of,
     evaluate_run,
     name_of,
@@ -68,12 +71,18 @@ def prepare(config: DictConfig) -> tuple[ClientResources, ImageSet]:
     resources = plan_simulation(config)
     check_writable(Path(config.run_dir))
     image_set = open_images(config, make_report(config.quiet))
-    for rows in open_partitions(config, image_set):
-        split_held_out(rows, config.held_out)
+    method = build_method(config, torch.device("cpu"))
+    receiving = build_receiving(config, method)
+    for partition, rows in enumerate(open_partitions(config, image_set)):
+        train, _ = split_held_out(rows, config.held_out)
+        check_enough(method, len(train), partition)
     if image_set.labelled:
         check_evaluable(image_set, config.eval.label_fraction, config.seed)
     if config.resume is not None:
-        check_continuation(continuation_of(config, image_set))
+        wanted = continuation_of(config, image_set)
+        checkpoint = check_continuation(wanted)
+        if checkpoint and (receiving.remembers or method.local_names()):
+            check_kept(wanted.find_run(), checkpoint.round)
     return resources, image_set
 
 
@@ -106,7 +115,7 @@ def train(
                 stop=stop,
             )
 
-        clients = clients or make_client_app(simulated(config))
+        clients = clients or make_client_app(simulated(config, run.clients))
         simulate(serve, clients, config.num_clients, resources)
 
 

@@ -17,6 +17,8 @@ from fedssl.networks.encoder import Encoder
 class SimCLR(Projected):
     """An encoder and projection heads, with NT-Xent for a loss."""
 
+    loss_name = "NT-Xent (nats)"
+
     def __init__(
         self,
         encoder: Encoder,

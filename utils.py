@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ from fedssl.runs.resume import Continuation, reopen
 from fedssl.seeding import derive_seed
 from fedssl.training.local import TrainSettings
 from fedssl.training.optimizers import OptimizerSettings, zero_momentum
+from fedssl.training.receiving import Receiving
 from fedssl.training.schedule import Schedule
 
 if TYPE_CHECKING:  # a client, which imports this file for every message, evaluates nothing
@@ -185,6 +186,36 @@ def build_method(config: DictConfig, device: torch.device) -> Method:
             reason = str(error.__cause__ or error).splitlines()[0]
             raise SettingError(f"method: {reason}") from error
     return method.to(device).to(memory_format=torch.channels_last)
+
+
+def check_enough(method: Method, num_images: int, partition: int) -> None:
+    """Make sure that a client has the images that a method needs.
+
+    Args:
+        num_images: to train on.
+
+    Raises:
+        UserError: it has too few.
+    """
+    if num_images < method.least_images:
+        raise SettingError(
+            f"{method.least_images_key}={method.least_images}: partition {partition} has only "
+            f"{num_images} images to train on; give at most that, or deal out to fewer clients"
+        )
+
+
+def build_receiving(config: DictConfig, method: Method) -> Receiving:
+    """Build how clients take the global model.
+
+    Raises:
+        UserError: it does not suit the method.
+    """
+    receiving: Receiving = instantiate(plain(config.receive))
+    try:
+        receiving.check(method)
+    except ValueError as error:
+        raise SettingError(f"receive: {name_of(config.receive)} asks for more; {error}") from error
+    return receiving
 
 
 def build_schedule(config: DictConfig) -> Schedule:
@@ -365,7 +396,8 @@ def run_rounds(
     resolution = build_schedule(config).eval_resolution(config.num_rounds)
     run.save_encoder(encoder, resolution, name_of_images(config.dataset), federation.done)
     title = f"{name_of(config.method)} on {name_of_images(config.dataset)}"
-    draw_loss_graph(run.read_metrics(), run.path / "loss_graph.png", title)
+    file, loss_name = run.path / "loss_graph.png", federation.method.loss_name
+    draw_loss_graph(run.read_metrics(), file, title, loss_name)
 
 
 # --- runs --------------------------------------------------------------------------
@@ -481,6 +513,7 @@ def run_facts(config: DictConfig) -> "RunFacts":
     return RunFacts(
         dataset=name_of_images(config.dataset),
         method=name_of(config.method),
+        loss_name=cast(type[Method], get_class(config.method._target_)).loss_name,
         encoder=config.model.encoder,
         strategy=name_of(config.strategy),
         partitioner=name_of(config.partition),

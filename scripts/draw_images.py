@@ -32,6 +32,7 @@ from fedssl.reporting.figures import (
 )
 from fedssl.runs.directory import RunDirectory
 from fedssl.seeding import generator_for
+from model import SimCLR
 from utils import build_views, open_images, open_partitions
 
 DIGITS = ROOT / "results" / "digits"
@@ -228,9 +229,9 @@ def main() -> None:
     draw_views(folder / "views.png", [])
     draw_dealing(folder / "partitions.png", ["partition=dirichlet", "partition.alpha=0.1"])
     recorded = RunDirectory(RECORDED_RUN).read_metrics()
-    draw_loss_graph(recorded, folder / "loss_graph.png", "SimCLR on digits")
+    draw_loss_graph(recorded, folder / "loss_graph.png", "SimCLR on digits", SimCLR.loss_name)
     benchmark = RunDirectory(BENCHMARK).read_metrics()
-    draw_loss_graph(benchmark, folder / "loss_cifar10.png", "SimCLR on CIFAR-10")
+    draw_loss_graph(benchmark, folder / "loss_cifar10.png", "SimCLR on CIFAR-10", SimCLR.loss_name)
     draw_knn(benchmark, folder / "knn_cifar10.png")
     by_clients = sorted(SWEEP.glob("clients-*"))
     if len(by_clients) > 1:

@@ -34,6 +34,7 @@ PROTOCOLS = {
     "finetune": "fedssl.evaluation.finetune.FineTuning",
     "supervised": "fedssl.evaluation.supervised.SupervisedTraining",
 }
+REPLACE = "fedssl.training.receiving.Replace"
 OPTIONS = {  # of a group, where a data set had one of its own
     "augment": {"cifar10": "cifar", "cifar100": "cifar", "hub": "photos", "imagefolder": "photos"},
     "train": dict.fromkeys(("cifar10", "cifar100", "hub", "imagefolder"), "default"),
@@ -109,6 +110,7 @@ def modernize(config: DictConfig) -> DictConfig:
         "train": _train(train),
         "optimizer": old["optimizer"] or _optimizer(train),
         "strategy": _strategy(old["strategy"]),
+        "receive": old["receive"] or {"_target_": REPLACE},
         "head": old["head"] or _only(GROUPS["head"].models[""], evaluation),
     }
     sections["eval"] = _evaluation(evaluation, _complete("head", sections["head"]))

@@ -166,6 +166,7 @@ GROUPS = {
             "fedssl.methods.barlow_twins.BarlowTwins": sections.BarlowTwins,
             "fedssl.methods.simsiam.SimSiam": sections.SimSiam,
             "fedssl.methods.moco.MoCo": sections.MoCo,
+            "fedssl.methods.byol.BYOL": sections.BYOL,
         },
     ),
     "model": Group("encoder and projection head", {"": sections.Model}),
@@ -192,6 +193,14 @@ GROUPS = {
             f"{FLOWER}.FedProx": sections.FedProx,
             f"{FLOWER}.FedTrimmedAvg": sections.FedTrimmedAvg,
             f"{FLOWER}.Krum": sections.Krum,
+        },
+    ),
+    "receive": Group(
+        "how a client takes the averaged model",
+        {
+            "fedssl.training.receiving.Replace": sections.Replace,
+            "fedssl.training.receiving.FedEMA": sections.FedEMA,
+            "fedssl.training.receiving.FedU": sections.FedU,
         },
     ),
     "eval": Group(

@@ -119,7 +119,20 @@ class MoCo(Method):
 
     temperature: float = Field(default=0.2, gt=0, description="of the InfoNCE loss")
     momentum: float = Field(default=0.99, ge=0, le=1, description="of the key encoder")
-    queue_size: int = Field(default=1024, ge=1, description="keys of earlier batches")
+    queue_size: int = Field(
+        default=256, ge=1, description="keys of earlier batches; at most a client's images"
+    )
+
+
+class BYOL(Method):
+    """BYOL."""
+
+    momentum: float = Field(
+        default=0.99, ge=0, le=1, description="of the target network at first; it rises to 1"
+    )
+    share_target: bool = Field(
+        default=False, description="average the target networks, too, for twice the bytes"
+    )
 
 
 class Augment(Section):
@@ -237,6 +250,26 @@ class PathologicalPartition(Instance):
         default="deterministic", description="in which order groups are dealt out"
     )
     seed: int = Field(ge=0, le=LARGEST_SEED, description="of the draw")
+
+
+class Replace(Instance):
+    """As it is."""
+
+
+class FedEMA(Instance):
+    """Mixed with the client's own, by how far they are apart."""
+
+    first_share: float = Field(
+        default=0.7, ge=0, le=1, description="of the client's own, when it first comes back"
+    )
+
+
+class FedU(Instance):
+    """As it is, but for predictors where the encoders are far apart."""
+
+    threshold: float = Field(
+        default=0.1, ge=0, description="distance of the encoders, as a share of their length"
+    )
 
 
 class Strategy(Instance):

@@ -22,6 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"  # records of a message
+RUN = "run"  # an entry of the config record: which run this is, 32 hex digits
 BUFFERS = "buffers"  # an entry of the config record, and the config record of a reply
 PACKED = "safetensors"
 ABSENCES = (  # error codes of messages that no client has answered

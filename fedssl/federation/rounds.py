@@ -23,7 +23,7 @@ from fedssl.federation.guards import (
     validate_replies,
     weighted_mean,
 )
-from fedssl.federation.messages import BUFFERS, CONFIG, pack_tensors, split_state
+from fedssl.federation.messages import BUFFERS, CONFIG, RUN, pack_tensors, split_state
 from fedssl.federation.monitoring import find_warnings
 from fedssl.federation.negatives import (
     NEGATIVES,
@@ -280,7 +280,7 @@ class Federation:
         )
         grid = cast(Grid, self.nodes)  # strategies ask it for nothing but node ids
         messages = list(configure(round_number, arrays, request, grid))
-        more = {BUFFERS: pack_tensors(buffers)}
+        more: dict[str, bytes | str] = {BUFFERS: pack_tensors(buffers), RUN: self.run.identity}
         if kind == MessageType.TRAIN and len(self.told) > 1:
             more[NEGATIVES] = draw_negatives(self.told, self.settings.seed, round_number)
         for message in messages:

@@ -18,6 +18,8 @@ EPSILON = 1e-5  # beside the variance, under the root
 class BarlowTwins(Projected):
     """An encoder and projection heads; the loss needs no negatives and no second network."""
 
+    loss_name = "Barlow Twins loss"
+
     def __init__(
         self,
         encoder: Encoder,

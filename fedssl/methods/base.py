@@ -32,10 +32,16 @@ class Method(nn.Module, ABC):
         encoder: what is left of the method when training has ended.
         shares_projections: whether it uses negatives of other clients, which tell the moments
             of their projections then.
+        least_images: that a client must have to train on.
+        least_images_key: the setting that asks for so many.
+        loss_name: of `Losses.reported`, for graphs.
     """
 
     encoder: Encoder
     shares_projections: bool = False
+    least_images: int = 2
+    least_images_key: str = ""
+    loss_name: str = "loss"
 
     @abstractmethod
     def loss(self, views: Tensor) -> Losses:
@@ -44,6 +50,10 @@ class Method(nn.Module, ABC):
         Rows i and i + B are the two views of one image. Called under autocast, in
         train mode for the steps of training and in eval mode for held-out images.
         """
+
+    def begin_locally(self) -> None:
+        """Set the arrays of `local_names` by the others, as a client's first round begins."""
+        return
 
     def after_step(self, progress: float) -> None:
         """Do what follows a step of the optimizer, such as moving a momentum target.

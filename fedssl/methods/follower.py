@@ -9,7 +9,7 @@ from fedssl.methods.projected import Projected, project
 
 
 class Follower(nn.Module):
-    """The key encoder of MoCo; it stays with its client."""
+    """The key encoder of MoCo, the target network of BYOL."""
 
     def __init__(self, source: Projected) -> None:
         """Start as a copy of a method's encoder and heads."""
@@ -23,6 +23,11 @@ class Follower(nn.Module):
     def project(self, views: Tensor) -> list[Tensor]:
         """Project views (2B, 3, H, W) in [0, 1], see `Projected.project`."""
         return project(self.encoder, self.projection_head, self.deep_heads, views)
+
+    def equal(self, source: Projected) -> None:
+        """Become a copy of the source again."""
+        own = self.state_dict()
+        self.load_state_dict({name: source.state_dict()[name] for name in own})
 
     @torch.no_grad()
     def follow(self, source: Projected, momentum: float) -> None:

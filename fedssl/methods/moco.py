@@ -20,6 +20,8 @@ class MoCo(Projected):
 
     queues: Tensor
     place: Tensor
+    least_images_key = "method.queue_size"
+    loss_name = "InfoNCE (nats)"
 
     def __init__(
         self,
@@ -36,11 +38,13 @@ class MoCo(Projected):
         Args:
             temperature: of InfoNCE, above 0.
             momentum: of the key encoder, from 0 to 1.
-            queue_size: keys that each head's queue holds.
+            queue_size: keys that each head's queue holds; no client may have fewer images,
+                whose keys would be negatives of their own.
             projection_hidden, projection_size, deep_supervision: see `Projected`.
         """
         super().__init__(encoder, projection_hidden, projection_size, deep_supervision)
         self.temperature, self.momentum, self.target = temperature, momentum, Follower(self)
+        self.least_images = queue_size
         random = torch.randn(1 + len(self.deep_heads), queue_size, projection_size)
         self.register_buffer("queues", F.normalize(random, dim=2))
         self.register_buffer("place", torch.tensor(0))
@@ -54,6 +58,10 @@ class MoCo(Projected):
             info_nce(own, key.roll(len(key) // 2, dims=0), queue, self.temperature)
             for own, key, queue in zip(projections, keys, self.queues, strict=True)
         ]
+
+    def begin_locally(self) -> None:
+        """Begin with the encoder itself as key encoder."""
+        self.target.equal(self)
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:

@@ -16,6 +16,8 @@ from fedssl.networks.heads import make_head
 class SimSiam(Projected):
     """An encoder, its projection heads, and behind each a predictor; no negatives."""
 
+    loss_name = "distance, 0 to 4"
+
     def __init__(
         self,
         encoder: Encoder,
@@ -33,11 +35,19 @@ class SimSiam(Projected):
         sizes = projection_size, projection_hidden, projection_size
         self.predictors = nn.ModuleList(make_head(*sizes) for _ in range(1 + len(self.deep_heads)))
 
+    def targets(self, projections: Sequence[Tensor], views: Tensor) -> list[Tensor]:
+        """Give what the predictors are to tell of the other view, without gradient.
+
+        Args and returns: as of `compare`'s projections.
+        """
+        return [each.detach() for each in projections]
+
     def compare(self, projections: Sequence[Tensor], views: Tensor) -> list[Tensor]:
-        """Compute how far predictions lie from the other view's projection, from 0 to 4."""
+        """Compute how far predictions lie from the other view's target, from 0 to 4."""
+        targets = self.targets(projections, views)
         return [
-            distance(predict(own), own.detach().roll(len(own) // 2, dims=0))
-            for predict, own in zip(self.predictors, projections, strict=True)
+            distance(predict(own), target.roll(len(target) // 2, dims=0))
+            for predict, own, target in zip(self.predictors, projections, targets, strict=True)
         ]
 
 

@@ -19,6 +19,8 @@ EPSILON = 1e-4  # beside the variance, under the root
 class VICReg(Projected):
     """An encoder and projection heads; the loss needs no negatives and no second network."""
 
+    loss_name = "VICReg loss"
+
     def __init__(
         self,
         encoder: Encoder,

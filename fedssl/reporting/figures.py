@@ -38,12 +38,15 @@ REPRESENTATION = (
 )
 
 
-def draw_loss_graph(rounds: Sequence[RoundMetrics], file: Path, title: str) -> None:
+def draw_loss_graph(
+    rounds: Sequence[RoundMetrics], file: Path, title: str, loss_name: str = "loss"
+) -> None:
     """Plot the clients' mean train and evaluation loss over rounds, and their range.
 
     Args:
         rounds: at least one.
         title: such as "SimCLR on digits".
+        loss_name: such as "NT-Xent (nats)".
     """
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     axes = figure.add_subplot()
@@ -58,7 +61,7 @@ def draw_loss_graph(rounds: Sequence[RoundMetrics], file: Path, title: str) -> N
         axes.fill_between(numbers, low, high, color=color, alpha=0.15, linewidth=0)
     count = len({client.partition for metrics in rounds for client in metrics.clients})
     axes.set_title(f"{title}, {count} clients", color=INK, loc="left")
-    _style(axes, "loss (nats)")
+    _style(axes, loss_name)
     axes.legend(title="mean over clients; band: all clients", frameon=False, alignment="left")
     save_figure(figure, file)
 

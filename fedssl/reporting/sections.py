@@ -66,6 +66,7 @@ class RunFacts:
 
     dataset: str
     method: str
+    loss_name: str
     encoder: str
     strategy: str
     partitioner: str
@@ -153,7 +154,7 @@ def draw_pictures(
     encoded = encode_some(images, settings.map_images, facts.seed) if images else None
     names = images.image_set.class_names if images else []
     return [
-        picture_loss(facts.dataset, facts.method, rounds, run.path / "loss_graph.png"),
+        picture_loss(facts, rounds, run.path / "loss_graph.png"),
         picture_knn(rounds, folder / "knn.png"),
         picture_map(settings.perplexity, facts.seed, encoded, names, folder / "map.png"),
         picture_neighbours(settings.queries, encoded, folder / "neighbours.png"),
@@ -182,13 +183,14 @@ def encode_some(images: RunImages, count: int, seed: int) -> Encoded:
     return Encoded(kind, pixels, labels, before, after, encoders.round)
 
 
-def picture_loss(dataset: str, method: str, rounds: Rounds, file: Path) -> Picture:
+def picture_loss(facts: RunFacts, rounds: Rounds, file: Path) -> Picture:
     """Draw the loss over rounds."""
-    draw_loss_graph(rounds, file, f"{method} on {dataset}")
+    draw_loss_graph(rounds, file, f"{facts.method} on {facts.dataset}", facts.loss_name)
     return Picture(
         "Loss",
-        "NT-Xent of the clients' training images and of the images that each of them holds out. "
-        "A batch of another size has another loss, so only the course of each line counts.",
+        f"{facts.method}'s loss of the clients' training images, and of the images that each of "
+        "them holds out. A batch of another size has another loss, so only the course of each "
+        "line counts.",
         file,
     )
 

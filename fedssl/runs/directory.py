@@ -38,6 +38,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self.clients = self.checkpoints / "clients"  # what they keep, in a simulation
         self.metrics = path / "metrics.jsonl"
         self.results = path / "results.json"
         self.config = path / "config.yaml"
@@ -69,6 +70,14 @@ class RunDirectory:
         run.write_config(settings, overrides)
         _point_latest(Path(output_dir).expanduser().resolve() / LATEST, run.path)
         return run
+
+    @property
+    def identity(self) -> str:
+        """Name this run among all runs, also after it was moved or resumed; 32 hex digits."""
+        file = self.path / ".identity"
+        if not file.is_file():
+            write_atomically(file, uuid4().hex.encode())
+        return file.read_text()
 
     def lock(self) -> None:
         """Keep other processes from going on with this run as long as this one lives.

@@ -156,7 +156,7 @@ class Progress:
 class RoundMetrics:
     """The numbers of a round, a line of metrics.jsonl.
 
-    Losses are in nats, means over clients weighted by their images; None where
+    Losses are the method's, means over clients weighted by their images; None where
     nobody could tell. `knn` is top-1 from 0 to 1. `bytes_moved` counts the model's
     arrays, to the clients and back.
     """

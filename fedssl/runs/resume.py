@@ -174,12 +174,14 @@ def reopen(
     run = wanted.find_run()
     run.lock()
     check_continuation(wanted)
-    for folder in (run.path, run.checkpoints):
+    clients = [folder for folder in run.clients.glob("*") if folder.is_dir()]
+    for folder in (run.path, run.checkpoints, *clients):
         for name in remove_partial(folder):
             report(f"{name} was being written when the run ended; its earlier state counts")
     checkpoint = newest_intact(run, report)
     done = checkpoint.round if checkpoint else 0
-    remove_after(run.checkpoints, done)
+    for folder in (run.checkpoints, *clients):
+        remove_after(folder, done)
     rounds = [metrics for metrics in run.read_metrics() if metrics.round <= done]
     if checkpoint and checkpoint.metrics and not any(m.round == done for m in rounds):
         rounds.append(checkpoint.metrics)

@@ -12,8 +12,7 @@ from torch.optim import Optimizer
 
 from fedssl.compute import Backend
 from fedssl.data.views import Augmentation
-from fedssl.methods.base import Method
-from fedssl.networks.state import norm_layers
+from fedssl.methods.base import Method, shared_norm_layers
 from fedssl.training.optimizers import (
     OptimizerSettings,
     build_optimizers,
@@ -65,7 +64,7 @@ class TrainResult:
     """What a round gave beside the weights.
 
     Attributes:
-        loss: mean over the steps, in nats.
+        loss: `Losses.reported`, the mean over the steps.
         images: used, each as often as it was.
         momentum: of the optimizers at the end, where the round was given one.
     """
@@ -169,7 +168,7 @@ def freeze_statistics(method: Method) -> None:
     So all clients see one network, whatever classes they hold (FixBN,
     https://arxiv.org/abs/2303.06530), until the method's mode is set again.
     """
-    for layer in norm_layers(method).values():
+    for layer in shared_norm_layers(method).values():
         layer.eval()
 
 
@@ -222,7 +221,7 @@ def local_loss(
     generator: Generator,
     backend: Backend,
 ) -> tuple[float, dict[str, float]]:
-    """Compute the mean loss of held-out images in eval mode, in nats.
+    """Compute the mean `Losses.reported` of held-out images in eval mode.
 
     Args: as of `local_train`. A last batch of one image joins its neighbour.
 

@@ -31,7 +31,7 @@ CURRENT = [(name, words) for name in NAMES if name not in ELSEWHERE for words in
 OLD = ("benchmarks/poison.py", "pytest", "venv")  # the first is named as of its time
 PYTHON = [case for case in CURRENT if case[1][0] == "python" and not {*case[1]} & {*OLD}]
 DEPLOYED = [case for case in CURRENT if case[1][0].startswith(("flower-", "flwr"))]
-TO_BE_WRITTEN = re.compile(r"/(test_)?(x|byol|npz|ema|mlp)\.|/strategies/$")  # by who extends it
+TO_BE_WRITTEN = re.compile(r"/(test_)?(x|ressl|npz|ema|mlp)\.|/strategies/$")  # by who extends it
 
 
 def readable(case):

@@ -17,7 +17,7 @@ from fedssl.training.optimizers import zero_momentum
 from fedssl.training.statistics import measure_moments
 from utils import build_method
 
-METHODS = ("simclr", "vicreg", "barlow_twins", "simsiam", "moco")
+METHODS = ("simclr", "vicreg", "barlow_twins", "simsiam", "moco", "byol")
 MUON = replace(OPTIMIZER, name="muon", momentum_start="averaged")
 
 
@@ -65,7 +65,7 @@ def test_the_same_seed_gives_the_same_bytes(name, digits):
 def test_what_stays_with_the_client_is_in_nothing_that_travels(name, digits):
     method = make_method(name, "model.deep_supervision=[layer2]")
     local = method.local_names()
-    assert bool(local) == (name == "moco")
+    assert bool(local) == (name in ("moco", "byol"))
     momentum = zero_momentum(method, MUON)
     result = train(method, digits, momentum=momentum)
     assert result.momentum.keys() == momentum.keys()

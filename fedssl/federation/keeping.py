@@ -1,0 +1,122 @@
+"""What a client keeps for itself from round to round: in Flower's context, and in files.
+
+`context.state` ends with the client's process or the run that Flower counts; from the files
+a client that left and came back, and a run that is resumed, go on with the same bytes. They
+lie below `partition-3/round-0002.safetensors`, in a simulation in the run's `checkpoints/clients/`,
+at a node in its own cache. Nothing of them ever travels.
+"""
+
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from flwr.app import ArrayRecord, Context
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from fedssl.errors import UserError
+from fedssl.files import write_atomically
+from fedssl.runs.directory import RunDirectory
+
+KEPT = "kept"  # in `context.state`
+RUNS = 3  # whose arrays a node keeps
+
+
+class Keeping:
+    """The arrays that one client keeps."""
+
+    def __init__(self, context: Context, folder: Path | None, keep_rounds: int) -> None:
+        """Look for nothing yet.
+
+        Args:
+            folder: of this client in this run; None for no files.
+            keep_rounds: checkpoints that a run keeps, from any of which it may go on.
+        """
+        self.context, self.folder, self.keep_rounds = context, folder, keep_rounds
+
+    def read(self, last_round: int) -> dict[str, Tensor]:
+        """Give the arrays as this client's last training left them; none before its first.
+
+        Args:
+            last_round: files of later rounds are of a run that was broken off.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        if kept := self.context.state.array_records.get(KEPT):
+            return dict(kept.to_torch_state_dict())
+        earlier = [file for file in self._files() if round_of(file) <= last_round]
+        if not earlier:
+            return {}
+        try:
+            return load_file(earlier[-1])
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{earlier[-1]}: damaged ({error}); start a new run",
+                public="what it keeps for this run is damaged; start a new run",
+            ) from error
+
+    def write(self, round_number: int, arrays: dict[str, Tensor]) -> None:
+        """Keep arrays, with nothing else of this client than what resuming may need."""
+        self.context.state[KEPT] = ArrayRecord(arrays)
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        data = save({name: value.cpu().contiguous() for name, value in arrays.items()})
+        write_atomically(self.folder / f"round-{round_number:04d}.safetensors", data)
+        for file in superfluous(self._files(), round_number - self.keep_rounds):
+            file.unlink(missing_ok=True)
+
+    def _files(self) -> list[Path]:
+        """List the files of this client, oldest first."""
+        found = self.folder.glob("round-*.safetensors") if self.folder else ()
+        return sorted(found, key=round_of)
+
+
+def superfluous(files: Collection[Path], oldest: int) -> list[Path]:
+    """List the files, oldest first, that a run which goes on after `oldest` or later can't need."""
+    return [file for file in files if round_of(file) <= oldest][:-1]
+
+
+def round_of(file: Path) -> int:
+    """Read the number of a file's round."""
+    number = file.stem.rpartition("-")[2]
+    return int(number) if number.isdecimal() else 0
+
+
+def folder_of(clients: Path, partition: int) -> Path:
+    """Give the place of a client's files below the folder of all clients of a run."""
+    return clients / f"partition-{partition}"
+
+
+def folder_at_node(cache: Path, run: str) -> Path:
+    """Give the folder of a run's clients at a node, and drop those of long-gone runs."""
+    clients = cache / "clients"
+    own = clients / run
+    if not own.is_dir():
+        own.mkdir(parents=True, mode=0o700)
+        newest = sorted(clients.iterdir(), key=lambda folder: folder.stat().st_mtime)
+        for folder in newest[:-RUNS]:
+            shutil.rmtree(folder, ignore_errors=True)
+    return own
+
+
+def check_kept(run: RunDirectory, done: int) -> None:
+    """Make sure that a simulation which is to go on has what its clients kept.
+
+    Args:
+        done: the round after which it goes on.
+
+    Raises:
+        UserError: a client's file is missing.
+    """
+    rounds = [metrics for metrics in run.read_metrics() if metrics.round <= done]
+    trained = {c.partition for m in rounds for c in m.clients if c.num_examples is not None}
+    for partition in sorted(trained):
+        folder = folder_of(run.clients, partition)
+        if not any(round_of(file) <= done for file in folder.glob("round-*.safetensors")):
+            raise UserError(
+                f"resume={run.path}: {folder} lacks what this client kept by round {done}; on a "
+                "Ray cluster all machines must share the run's directory"
+            )
