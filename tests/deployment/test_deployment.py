@@ -208,6 +208,7 @@ def test_a_node_that_dies_is_left_out_and_taken_back(place):
     )
     overrides = [*TINY, "round_timeout_s=60", "min_nodes=1", "num_clients=2", "num_rounds=3"]
     overrides += [f"output_dir={place.outputs}", f"cache_dir={place.folder}/cache"]
+    overrides += ["method=byol", "receive=fedema"]
     run_config = f'hydra-overrides="{" ".join(overrides)}"'
     place.start("server", "flwr", "run", ".", "two-sites", "--stream", "--run-config", run_config)
     place.wait_for("server", "configure_train", 240)
@@ -217,6 +218,8 @@ def test_a_node_that_dies_is_left_out_and_taken_back(place):
     # Without a key of its own it gets its partition once its old heartbeat is missing.
     place.wait_for("server", "partition 1 is connected again", 240)
     assert place.end("server", 400) == 0, place.all_logs()
+    kept = list((place.folder / "cache" / "clients").glob("*/partition-*/round-*"))
+    assert len({file.parent for file in kept}) == 2  # of one run, each node's own
     first, *_, last = place.rounds()
     (failure,) = first["failures"]
     assert (failure["partition"], failure["reason"]) == (1, "no reply within 60 s")
