@@ -297,6 +297,8 @@ def enter(monkeypatch, capsys, name, check, arguments):
         (["partition=pathological", "partition.classes_per_client=11"], "from 1 to 10"),
         (["--num_rounds"], "--num_rounds needs a value"),
         (["--multirun", "num_clients=2,0"], "num_clients=0"),
+        (["method=moco", "method.queue_size=999"], "partition 0 has only 259 images to train on"),
+        (["receive=fedu"], "SimCLR has no predictors"),
         (["output_dir=/dev/null/x"], "can't be written"),
         (["cache_dir=/dev/null/x"], "can't be written"),
         (["--min_results=6"], "there are only num_clients=5"),

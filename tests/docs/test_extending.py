@@ -112,6 +112,7 @@ def test_the_files_of_a_recipe_are_those_that_it_shows():
 
 def test_the_method_learns_and_keeps_its_target_to_itself(put):
     put("A method")
+    assert len(recipe("A method")[0][1].splitlines()) < 60
     more = ["method.momentum=0.5", "model.deep_supervision=[layer3]"]
     config = load_config("config", ["method=ressl", *more])
     torch.manual_seed(0)

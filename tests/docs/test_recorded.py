@@ -45,7 +45,7 @@ def test_the_headlines_are_those_of_the_recorded_runs():
         f"give {ours.strip()} % top-1",
         f"a random encoder gives {untrained.split()[0]} %",
         f"logistic regression on the pixels {pixels.split()[0]} %",
-        f"gives {linear.split()[0]} % with 10 % of the labels",
+        f"give {linear.split()[0]} % with 10 % of the labels",
         f"(a random encoder {random_encoder.split()[0]} %)",
     ):
         assert words in headline, words
