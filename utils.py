@@ -494,7 +494,7 @@ def evaluate_run(
         round=round_number,
         labelled_images=len(data.labelled[0]),
         test_images=len(data.test.pixels),
-        rows=evaluate(evaluation, method.encoder, untrained, data),
+        rows=evaluate(evaluation, method.encoder, untrained, data, name_of(config.method)),
         seed=config.seed,
         checkpoint=checkpoint.name,
         precision=str(backend.dtype).removeprefix("torch."),

@@ -8,7 +8,7 @@ from fedssl.evaluation.base import TOP1, Evaluation, EvaluationData, Score
 from fedssl.evaluation.pixels import score_raw_pixels
 from fedssl.networks.encoder import Encoder
 
-TRAINED = "federated SimCLR"
+TRAINED = "federated "  # and the name of the method
 RANDOM = "random encoder"
 FROM_SCRATCH = "labels only"
 
@@ -64,13 +64,18 @@ class Result:
 
 
 def evaluate(
-    evaluation: Evaluation, encoder: Encoder, random_encoder: Encoder, data: EvaluationData
+    evaluation: Evaluation,
+    encoder: Encoder,
+    random_encoder: Encoder,
+    data: EvaluationData,
+    method: str = "SimCLR",
 ) -> list[Score]:
     """Score a run's encoder and, if asked, a random one and the raw pixels.
 
     Args:
         encoder: as the run has trained it.
         random_encoder: the same network at random initialization.
+        method: that it was trained by.
 
     Returns:
         The scores of the run first, those of the raw pixels last.
@@ -78,7 +83,7 @@ def evaluate(
     if evaluation.starts_from_scratch:
         scores = evaluation.run(FROM_SCRATCH, random_encoder, data)
     else:
-        scores = evaluation.run(TRAINED, encoder, data)
+        scores = evaluation.run(f"{TRAINED}{method}", encoder, data)
         if evaluation.baselines:
             scores += evaluation.run(RANDOM, random_encoder, data)
     if evaluation.baselines and scores[0].metric == TOP1:  # else there is nothing to compare

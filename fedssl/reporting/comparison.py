@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from fedssl.config.compose import flatten
 from fedssl.data.sources.base import NAMELESS
 from fedssl.errors import UserError
+from fedssl.evaluation.protocol import TRAINED
 from fedssl.reporting.figures import save_figure
 from fedssl.runs.directory import LATEST, RunDirectory
 from fedssl.runs.resume import HARMLESS, HARMLESS_GROUPS
@@ -96,7 +97,7 @@ def _read_scores(run: RunDirectory, namesakes: Container[str]) -> dict[str, floa
             which = f" {result['images'][:8]}" if dataset in namesakes else ""
             labels = f"{labels} of {dataset}{which}"
         for row in result["rows"]:
-            whose = "" if row["encoder"] == "federated SimCLR" else f"{row['encoder']}, "
+            whose = "" if row["encoder"].startswith(TRAINED) else f"{row['encoder']}, "
             scores[f"{whose}{row['method']}, {labels}"] = 100 * row["mean"]
     if scores:
         scores["minutes"] = sum(metrics.seconds or 0 for metrics in run.read_metrics()) / 60
