@@ -196,6 +196,9 @@ def test_flwr_run_simulates(place):
         subprocess.run(["pkill", "-f", f"{place.home}/.flwr/local-superlink"])
 
 
+GONE = "its node is gone, no heartbeat any more"
+
+
 @pytest.mark.slow
 def test_a_node_that_dies_is_left_out_and_taken_back(place):
     """In a run that Flower's own command starts."""
@@ -206,7 +209,7 @@ def test_a_node_that_dies_is_left_out_and_taken_back(place):
     (place.home / ".flwr" / "config.toml").write_text(
         f'[superlink.two-sites]\naddress = "{place.link}"\ninsecure = true\n'
     )
-    overrides = [*TINY, "round_timeout_s=60", "min_nodes=1", "num_clients=2", "num_rounds=3"]
+    overrides = [*TINY, "round_timeout_s=180", "min_nodes=1", "num_clients=2", "num_rounds=3"]
     overrides += [f"output_dir={place.outputs}", f"cache_dir={place.folder}/cache"]
     overrides += ["method=byol", "receive=fedema"]
     run_config = f'hydra-overrides="{" ".join(overrides)}"'
@@ -214,7 +217,7 @@ def test_a_node_that_dies_is_left_out_and_taken_back(place):
     place.wait_for("server", "configure_train", 240)
     place.kill("client2")
     place.client(2)
-    place.wait_for("server", "without client 1: no reply within 60 s", 180)
+    place.wait_for("server", f"without client 1: {GONE}", 240)
     # Without a key of its own it gets its partition once its old heartbeat is missing.
     place.wait_for("server", "partition 1 is connected again", 240)
     assert place.end("server", 400) == 0, place.all_logs()
@@ -222,7 +225,7 @@ def test_a_node_that_dies_is_left_out_and_taken_back(place):
     assert len({file.parent for file in kept}) == 2  # of one run, each node's own
     first, *_, last = place.rounds()
     (failure,) = first["failures"]
-    assert (failure["partition"], failure["reason"]) == (1, "no reply within 60 s")
+    assert (failure["partition"], failure["reason"]) == (1, GONE)
     assert [client["partition"] for client in first["clients"]] == [0]
     assert [client["partition"] for client in last["clients"]] == [0, 1]
     assert last["failures"] == []
