@@ -455,6 +455,7 @@ def open_evaluation(
     protocol = get_class(settings._target_)
     evaluation = protocol(**{field.name: settings[field.name] for field in fields(protocol)})
     resolution = build_schedule(config).eval_resolution(round_number)
+    dealt = open_partitions(config, image_set) if evaluation.needs_partitions else []
     data = EvaluationData.of(
         image_set,
         label_fraction=evaluation.label_fraction,
@@ -464,6 +465,7 @@ def open_evaluation(
         views=build_views(config, resolution),
         backend=backend,
         feature_batch_size=evaluation.feature_batch_size,
+        partitions=dealt,
     )
     return evaluation, data
 
@@ -492,7 +494,7 @@ def evaluate_run(
         dataset=title_of_images(config.dataset),
         protocol=evaluation.protocol(),
         round=round_number,
-        labelled_images=len(data.labelled[0]),
+        labelled_images=evaluation.count_labelled(data),
         test_images=len(data.test.pixels),
         rows=evaluate(evaluation, method.encoder, untrained, data, name_of(config.method)),
         seed=config.seed,

@@ -352,6 +352,19 @@ class LinearEvaluation(Evaluation):
     knn_neighbors: int = Field(default=10, ge=1, description="of the kNN beside it")
 
 
+class FederatedEvaluation(Evaluation):
+    """Labels stay at the sites: heads from sums and by rounds, scored where the images are."""
+
+    epochs: int = Field(default=20, ge=1, description="rounds of the head that FedAvg trains")
+    batch_size: int = Field(default=16, ge=1, description="labelled images per step")
+    learning_rate: float = Field(gt=0, description="of that head, on standardized features")
+    weight_decay: float = Field(ge=0, description="of that head")
+    min_images: int = Field(
+        default=2, ge=1, description="of a class at a site, for its sum to leave the site"
+    )
+    folds: int = Field(default=10, ge=2, description="of sites, which choose the decay from sums")
+
+
 class FineTuning(LinearEvaluation):
     """The encoder tuned together with its head."""
 

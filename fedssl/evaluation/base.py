@@ -1,7 +1,7 @@
 """What an evaluation is to the rest of the project: the contract, its data and its scores."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -37,6 +37,7 @@ class Score:
         method: what was put on it, the second column.
         top1: values, from 0 to 1; those of the metric if it is another one.
         encoder_sha256: of a frozen encoder, before and after.
+        sites: for each draw what the sites of a federation tell beside it.
     """
 
     encoder: str
@@ -44,6 +45,7 @@ class Score:
     top1: list[float]
     metric: str = TOP1
     encoder_sha256: str | None = None
+    sites: list[dict[str, Any]] | None = None
 
     @property
     def mean(self) -> float:
@@ -63,13 +65,16 @@ class Score:
             row["metric"] = self.metric
         if self.encoder_sha256:
             row["encoder_sha256"] = self.encoder_sha256
+        if self.sites:
+            row["sites"] = self.sites
         return row
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "Score":
         """Read a row of results.json."""
         metric, digest = row.get("metric", TOP1), row.get("encoder_sha256")
-        return cls(row["encoder"], row["method"], list(row["top1"]), metric, digest)
+        top1, sites = list(row["top1"]), row.get("sites")
+        return cls(row["encoder"], row["method"], top1, metric, digest, sites)
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ class EvaluationData:
         resolution: side in pixels of the whole images that an encoder sees.
         views: of that side, for whole networks that train.
         feature_batch_size: images encoded at once.
+        partitions: rows of the training images of each client, for evaluations that need them.
     """
 
     train: LabelledImages
@@ -95,6 +101,7 @@ class EvaluationData:
     views: Augmentation
     backend: Backend
     feature_batch_size: int
+    partitions: Sequence[np.ndarray] = ()
 
     @classmethod
     def of(
@@ -108,6 +115,7 @@ class EvaluationData:
         views: Augmentation,
         backend: Backend,
         feature_batch_size: int,
+        partitions: Sequence[np.ndarray] = (),
     ) -> "EvaluationData":
         """Draw the labelled rows of every seed.
 
@@ -132,6 +140,7 @@ class EvaluationData:
             views=views,
             backend=backend,
             feature_batch_size=feature_batch_size,
+            partitions=partitions,
         )
 
     def draws(self) -> Iterator[tuple[int, np.ndarray]]:
@@ -158,6 +167,7 @@ class Evaluation(ABC):
         starts_from_scratch: whether it trains the network of the run from random
             weights, so that neither the run's encoder nor a random one beside it
             has a place.
+        needs_partitions: whether it asks which client holds which images.
         label_fraction: share of the training labels, above 0 and at most 1.
         seeds: draws of labels.
         baselines: whether a random encoder and the raw pixels are scored beside it.
@@ -167,6 +177,7 @@ class Evaluation(ABC):
     mode: ClassVar[str]
     title: ClassVar[str]
     starts_from_scratch: ClassVar[bool] = False
+    needs_partitions: ClassVar[bool] = False
 
     label_fraction: float
     seeds: int
@@ -183,6 +194,10 @@ class Evaluation(ABC):
         Returns:
             At least one score, the most telling first.
         """
+
+    def count_labelled(self, data: EvaluationData) -> int:
+        """Count the labelled images of a draw."""
+        return len(data.labelled[0])
 
     def protocol(self) -> dict[str, Any]:
         """Give what is recorded beside the scores, to repeat them."""

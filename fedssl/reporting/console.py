@@ -20,6 +20,7 @@ from fedssl.terminal import can_rewrite, console_on, print_line
 
 EVALUATIONS = {
     "linear": "Linear evaluation",
+    "federated": "Evaluation at the sites",
     "finetune": "Fine-tuning",
     "supervised": "Supervised training from scratch",
 }

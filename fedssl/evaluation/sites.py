@@ -1,0 +1,184 @@
+"""One site of a federation that holds labelled images: what it answers, and what it keeps.
+
+What leaves a site is sums over many images (`Sums`), counts, and weights of a linear
+head; never an image, the features of one, or the name of a file.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Generator
+
+from fedssl.data.sources.base import NO_LABEL
+from fedssl.evaluation.sums import Head, Sums, add_up, leave_out_rare
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """How a softmax head is trained by rounds.
+
+    Attributes:
+        epochs: rounds, each a pass over the labelled images of each site.
+        batch_size: labelled images per step.
+        learning_rate: of the first round; it falls to zero along a cosine.
+        weight_decay: of the head.
+    """
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+
+    def rate(self, epoch: int) -> float:
+        """Give the rate of an epoch, counted from 0."""
+        return float(self.learning_rate * (1 + np.cos(np.pi * epoch / self.epochs)) / 2)
+
+
+@dataclass(frozen=True)
+class Site:
+    """The features of a site's labelled images, by one frozen encoder.
+
+    Attributes:
+        features: float32 (N, D) of those whose labels are drawn, N may be 0.
+        labels: int64 (N,), from 0 to num_classes - 1.
+        test_features, test_labels: the same of those that are scored, (M, D) and (M,).
+        left_out: classes that have too few images at this site to add up.
+    """
+
+    features: np.ndarray
+    labels: np.ndarray
+    test_features: np.ndarray
+    test_labels: np.ndarray
+    num_classes: int
+    left_out: Sequence[int] = ()
+
+    @classmethod
+    def of(
+        cls,
+        features: np.ndarray,
+        labels: np.ndarray,
+        test_features: np.ndarray,
+        test_labels: np.ndarray,
+        num_classes: int,
+        min_images: int,
+    ) -> "Site":
+        """Leave out what has no label, and of the first kind the classes with too few images.
+
+        Args:
+            min_images: of a class; of fewer the sum could be a person's picture.
+        """
+        known, tested = np.flatnonzero(labels != NO_LABEL), np.flatnonzero(test_labels != NO_LABEL)
+        features, labels = features[known], labels[known]
+        rows, rare = leave_out_rare(labels, num_classes, min_images)
+        test = test_features[tested], test_labels[tested]
+        return cls(features[rows], labels[rows], *test, num_classes, tuple(rare.tolist()))
+
+    def sums(self) -> Sums:
+        """Add up the labelled features."""
+        return add_up(self.features, self.labels, self.num_classes)
+
+    def count_correct(self, heads: Sequence[Head]) -> np.ndarray:
+        """Count the labelled images that each head classifies correctly, int64 (heads,)."""
+        return np.array([(h.predict(self.features) == self.labels).sum() for h in heads])
+
+    def confusion(self, head: Head) -> np.ndarray:
+        """Count the test images by class and by predicted class, int64 (C, C)."""
+        counts = np.zeros((self.num_classes, self.num_classes), dtype=np.int64)
+        if len(self.test_labels):
+            np.add.at(counts, (self.test_labels, head.predict(self.test_features)), 1)
+        return counts
+
+    def train(
+        self,
+        head: Head,
+        mean: np.ndarray,
+        scale: np.ndarray,
+        settings: HeadSettings,
+        epoch: int,
+        generator: Generator,
+    ) -> Head:
+        """Pass once over the labelled images by SGD, on standardized features.
+
+        Args:
+            head: to begin with, on standardized features.
+            mean, scale: of the features of all sites, (D,).
+            generator: on the CPU; decides the order.
+        """
+        weight = torch.from_numpy(head.weight.copy()).requires_grad_()
+        bias = torch.from_numpy(head.bias.copy()).requires_grad_()
+        rate, decay = settings.rate(epoch), settings.weight_decay
+        optimizer = torch.optim.SGD([weight, bias], rate, momentum=0.9, weight_decay=decay)
+        inputs = torch.from_numpy(((self.features - mean) / scale).astype(np.float32))
+        targets = torch.from_numpy(self.labels)
+        batches = max(1, -(-len(targets) // settings.batch_size))
+        for rows in torch.randperm(len(targets), generator=generator).chunk(batches):
+            optimizer.zero_grad(set_to_none=True)
+            F.cross_entropy(inputs[rows] @ weight + bias, targets[rows]).backward()
+            optimizer.step()
+        return Head(weight.detach().numpy(), bias.detach().numpy())
+
+
+def draw_share(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Draw a share of a site's labels, each class with nearly its own share of it.
+
+    Unlike `draw_labelled` it never fails: a site may have few images, or none, of a class.
+
+    Args:
+        labels: int64 (N,).
+        fraction: above 0 and at most 1.
+
+    Returns:
+        Ascending rows, int64.
+    """
+    rows = np.flatnonzero(labels != NO_LABEL)
+    random = np.random.default_rng(seed)
+    order = random.permutation(len(rows))
+    by_class = rows[order][np.argsort(labels[rows[order]], kind="stable")]
+    count = round(fraction * len(by_class))
+    places = (np.arange(count) + random.random()) * len(by_class) / max(count, 1)
+    return np.sort(by_class[places.astype(np.int64)])
+
+
+def deal_like(
+    parts: Sequence[np.ndarray], labels: np.ndarray, test_labels: np.ndarray, seed: int
+) -> list[np.ndarray]:
+    """Deal test images out so that each site has those of its classes, in its shares.
+
+    Args:
+        parts: rows of each site's training images.
+        labels, test_labels: int64, of all training and test images.
+
+    Returns:
+        For each site the rows of its test images, int64; every labelled one is somewhere.
+    """
+    random = np.random.default_rng(seed)
+    dealt: list[list[np.ndarray]] = [[] for _ in parts]
+    for label in np.unique(test_labels[test_labels != NO_LABEL]):
+        rows = random.permutation(np.flatnonzero(test_labels == label))
+        counts = np.array([(labels[part] == label).sum() for part in parts], dtype=np.float64)
+        counts = counts if counts.any() else np.ones(len(parts))
+        cuts = np.rint(np.cumsum(counts) / counts.sum() * len(rows)).astype(np.int64)
+        for site, piece in zip(dealt, np.split(rows, cuts[:-1]), strict=True):
+            site.append(piece)
+    empty = np.array([], dtype=np.int64)
+    return [np.sort(np.concatenate([empty, *pieces])) for pieces in dealt]
+
+
+def group_sites(sizes: Mapping[int, int], folds: int) -> list[list[int]]:
+    """Put the sites into folds of about as many images, the largest first.
+
+    Args:
+        sizes: labelled images of each site.
+        folds: at most so many.
+
+    Returns:
+        The sites of each fold; those without images are in none.
+    """
+    filled = sorted((site for site, size in sizes.items() if size), key=lambda s: (-sizes[s], s))
+    groups: list[list[int]] = [[] for _ in range(min(folds, len(filled)))]
+    for site in filled:
+        min(groups, key=lambda group: sum(sizes[each] for each in group)).append(site)
+    return groups
