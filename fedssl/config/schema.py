@@ -207,7 +207,7 @@ GROUPS = {
         "how good the encoder is",
         {
             "fedssl.evaluation.linear.LinearEvaluation": sections.LinearEvaluation,
-            "fedssl.evaluation.federated.FederatedEvaluation": sections.FederatedEvaluation,
+            "fedssl.sites.evaluation.FederatedEvaluation": sections.FederatedEvaluation,
             "fedssl.evaluation.finetune.FineTuning": sections.FineTuning,
             "fedssl.evaluation.supervised.SupervisedTraining": sections.SupervisedTraining,
         },

@@ -5,20 +5,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from evaluation.small import COMMON, HEAD, make_data, make_encoder
-from evaluation.test_sums import make_features, ridge_in_one_place
+from sites.test_sums import make_features, ridge_in_one_place
 
 from fedssl.data.sources.base import NO_LABEL
-from fedssl.evaluation.federated import (
-    FederatedEvaluation,
-    SiteScores,
-    can_stand_in,
-    fit_from_sums,
-    score_sites,
-    train_by_rounds,
-)
-from fedssl.evaluation.sites import HeadSettings, Site, deal_like, draw_share, group_sites
-from fedssl.evaluation.sums import DECAYS, add_up
 from fedssl.networks.state import state_digest
+from fedssl.sites.evaluation import FederatedEvaluation
+from fedssl.sites.heads import SiteScores, can_stand_in, fit_from_sums, score, train_by_rounds
+from fedssl.sites.site import (
+    HeadSettings,
+    LocalSites,
+    Site,
+    deal_like,
+    draw_share,
+    group_sites,
+)
+from fedssl.sites.sums import DECAYS, add_up
 
 CLASSES, SIZE = 4, 12
 EVALUATION = FederatedEvaluation(**COMMON, **HEAD, min_images=2, folds=10)
@@ -41,7 +42,7 @@ def sites(rng):
         strict=True,
     )
     made = {number: make_site(f, y, (t, u)) for number, (f, y, t, u) in enumerate(parts)}
-    return made, features, labels, test
+    return LocalSites(made, seed=0), features, labels, test
 
 
 def test_the_head_and_its_score_are_those_of_one_place(sites):
@@ -52,7 +53,7 @@ def test_the_head_and_its_score_are_those_of_one_place(sites):
     apart = [np.abs(found - each).max() for each in candidates]
     assert min(apart) < 2e-5
     expected = candidates[int(np.argmin(apart))].argmax(axis=1)
-    scores = score_sites(made, head)
+    scores = score(made, head)
     assert scores.top1 == (expected == truth).mean()
     by_hand = np.zeros((CLASSES, CLASSES), dtype=int)
     for true, predicted in zip(truth, expected, strict=True):
@@ -89,7 +90,7 @@ def test_sites_whose_classes_are_their_own_cannot_stand_in_for_each_other(rng):
     halves = np.array_split(np.arange(200), 2)
     assert can_stand_in([add_up(features[h], labels[h], CLASSES) for h in halves])
     made = {n: make_site(features[p], labels[p]) for n, p in enumerate(parts)}
-    _, head = fit_from_sums(made, folds=10)  # by cross-validation from the sums
+    _, head = fit_from_sums(LocalSites(made, seed=0), folds=10)  # by cross-validation from the sums
     assert (head.predict(features) == labels).mean() > 0.5
 
 
@@ -97,9 +98,10 @@ def test_one_site_trained_by_rounds_learns_and_others_join(sites):
     made, features, labels, (queries, truth) = sites
     standardized, _ = fit_from_sums(made, folds=10)
     settings = HeadSettings(epochs=20, batch_size=16, learning_rate=0.03, weight_decay=0.01)
-    head = train_by_rounds(made, standardized, settings, seed=0)
-    again = train_by_rounds(made, standardized, settings, seed=0)
-    other = train_by_rounds(made, standardized, settings, seed=1)
+    other_order = LocalSites(made.sites, seed=1)
+    head, again, other = (
+        train_by_rounds(each, standardized, settings) for each in (made, made, other_order)
+    )
     assert np.array_equal(head.weight, again.weight)
     assert not np.array_equal(head.weight, other.weight)
     best = (ridge_in_one_place(features, labels, 1e-2)(queries).argmax(axis=1) == truth).mean()
@@ -109,7 +111,9 @@ def test_one_site_trained_by_rounds_learns_and_others_join(sites):
 def test_nobody_with_labels_is_an_error():
     empty = make_site(np.zeros((0, SIZE), np.float32), np.array([], dtype=int))
     with pytest.raises(ValueError, match="no labelled images"):
-        fit_from_sums({0: empty, 1: empty}, folds=10)
+        fit_from_sums(LocalSites({0: empty, 1: empty}, seed=0), folds=10)
+    with pytest.raises(ValueError, match="no labelled images"):
+        fit_from_sums(LocalSites({}, seed=0), folds=10)
 
 
 def test_a_share_of_the_labels_is_stratified_seeded_and_never_fails(rng):

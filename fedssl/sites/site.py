@@ -4,8 +4,10 @@ What leaves a site is sums over many images (`Sums`), counts, and weights of a l
 head; never an image, the features of one, or the name of a file.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +15,8 @@ import torch.nn.functional as F
 from torch import Generator
 
 from fedssl.data.sources.base import NO_LABEL
-from fedssl.evaluation.sums import Head, Sums, add_up, leave_out_rare
+from fedssl.seeding import derive_seed, generator_for
+from fedssl.sites.sums import Head, Sums, add_up, leave_out_rare
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,89 @@ class Site:
             F.cross_entropy(inputs[rows] @ weight + bias, targets[rows]).backward()
             optimizer.step()
         return Head(weight.detach().numpy(), bias.detach().numpy())
+
+
+class Trained(NamedTuple):
+    """A head that a site trained, and the number of its labelled images."""
+
+    head: Head
+    images: int
+
+
+class Sites(ABC):
+    """All sites of a federation with one draw of labels, asked at the same time.
+
+    Every answer is by the site's number; a site that fails is missing.
+    """
+
+    @abstractmethod
+    def sums(self) -> dict[int, Sums]:
+        """Ask for the sums over the labelled images."""
+
+    @abstractmethod
+    def count_correct(self, heads: Mapping[int, Sequence[Head]]) -> dict[int, np.ndarray]:
+        """Ask sites how many labelled images each of their heads classifies correctly."""
+
+    @abstractmethod
+    def train(
+        self, head: Head, mean: np.ndarray, scale: np.ndarray, settings: HeadSettings, epoch: int
+    ) -> dict[int, Trained]:
+        """Ask the sites with labelled images to train a head, see `Site.train`."""
+
+    @abstractmethod
+    def confusions(self, head: Head) -> dict[int, np.ndarray]:
+        """Ask for the test images by class and predicted class, int64 (C, C)."""
+
+
+class LocalSites(Sites):
+    """Sites whose features are all in this process, as in a simulation."""
+
+    def __init__(self, sites: Mapping[int, Site], seed: int) -> None:
+        """Take the sites.
+
+        Args:
+            seed: of the draw of labels.
+        """
+        self.sites, self.seed = dict(sites), seed
+
+    def sums(self) -> dict[int, Sums]:
+        """Add up at each site."""
+        return {number: site.sums() for number, site in self.sites.items()}
+
+    def count_correct(self, heads: Mapping[int, Sequence[Head]]) -> dict[int, np.ndarray]:
+        """Count at each site."""
+        return {number: self.sites[number].count_correct(given) for number, given in heads.items()}
+
+    def train(
+        self, head: Head, mean: np.ndarray, scale: np.ndarray, settings: HeadSettings, epoch: int
+    ) -> dict[int, Trained]:
+        """Train at each site with labelled images."""
+        given = head, mean, scale, settings, epoch
+        return {
+            number: Trained(
+                site.train(*given, head_generator(self.seed, epoch, number)), len(site.labels)
+            )
+            for number, site in self.sites.items()
+            if len(site.labels)
+        }
+
+    def confusions(self, head: Head) -> dict[int, np.ndarray]:
+        """Count at each site."""
+        return {number: site.confusion(head) for number, site in self.sites.items()}
+
+
+def head_generator(seed: int, epoch: int, site: int) -> Generator:
+    """Decide the order of a site's labelled images in an epoch of the head by rounds."""
+    return generator_for(seed, "head", epoch, site)
+
+
+def draw_at_site(labels: np.ndarray, fraction: float, seed: int, site: int) -> np.ndarray:
+    """Draw the rows of a site whose labels may be seen, see `draw_share`.
+
+    Args:
+        seed: of the draw.
+    """
+    return draw_share(labels, fraction, derive_seed(seed, "labels", site))
 
 
 def draw_share(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

@@ -5,7 +5,7 @@ import pytest
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
-from fedssl.evaluation.sums import (
+from fedssl.sites.sums import (
     DECAYS,
     Standardized,
     Sums,

@@ -1,0 +1,126 @@
+"""The encoder of a simulation measured as if no label left its client."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedssl.evaluation.base import EvaluationData, Score
+from fedssl.evaluation.classifier import ClassifierEvaluation
+from fedssl.evaluation.converged import fit_converged_head
+from fedssl.evaluation.linear import train_linear_head
+from fedssl.networks.encoder import Encoder
+from fedssl.networks.state import state_digest
+from fedssl.sites.heads import SiteScores, fit_from_sums, score, train_by_rounds
+from fedssl.sites.site import HeadSettings, LocalSites, Site, deal_like, draw_at_site
+
+FROM_SUMS, BY_ROUNDS = "head from sums", "head by rounds"
+
+
+@dataclass(frozen=True)
+class FederatedEvaluation(ClassifierEvaluation):
+    """Labels stay at the sites: two heads, and the score, from what these add up.
+
+    The labels of `label_fraction` are drawn at each site; the test images of a simulation
+    are dealt out by the classes that a site holds. Beside these stand the heads that all
+    drawn labels in one place give.
+
+    Attributes:
+        min_images: of a class at a site, for its sum to leave it.
+        folds: of sites at most, which choose the weight decay of the head from sums.
+    """
+
+    mode = "federated"
+    title = "Evaluation at the sites"
+    needs_partitions = True
+
+    min_images: int
+    folds: int
+
+    def run(self, name: str, encoder: Encoder, data: EvaluationData) -> list[Score]:
+        """Score the heads of each draw.
+
+        Raises:
+            RuntimeError: the encoder changed, which would be a defect.
+        """
+        digest = state_digest(encoder)
+        draws = [self.draw(data, seed) for seed in data.seeds]
+        rows = np.unique(np.concatenate([drawn for each in draws for drawn in each]))
+        features = data.features(encoder, data.train.pixels[rows])
+        test = data.features(encoder, data.test.pixels)
+        scores: dict[str, list[SiteScores]] = {FROM_SUMS: [], BY_ROUNDS: []}
+        central: dict[str, list[float]] = {}
+        settings = HeadSettings(self.epochs, self.batch_size, self.learning_rate, self.weight_decay)
+        for seed, draw in zip(data.seeds, draws, strict=True):
+            banks = [features[np.searchsorted(rows, drawn)] for drawn in draw]
+            sites = self.make_sites(banks, draw, test, data)
+            asked = LocalSites(sites, seed)
+            standardized, head = fit_from_sums(asked, self.folds)
+            scores[FROM_SUMS].append(score(asked, head))
+            trained = train_by_rounds(asked, standardized, settings)
+            scores[BY_ROUNDS].append(score(asked, trained))
+            bank = np.concatenate([site.features for site in sites.values()])
+            labels = np.concatenate([site.labels for site in sites.values()])
+            in_one_place = {
+                "linear head": train_linear_head(bank, labels, data.num_classes, self, seed),
+                "converged head": fit_converged_head(bank, labels, seed),
+            }
+            for what, predict in in_one_place.items():
+                central.setdefault(what, []).append(data.top1(predict(test)))
+        if state_digest(encoder) != digest:
+            raise RuntimeError("the frozen encoder changed during the evaluation")
+        return [
+            *(
+                Score(
+                    name,
+                    what,
+                    [each.top1 for each in found],
+                    encoder_sha256=digest,
+                    sites=[each.to_json() for each in found],
+                )
+                for what, found in scores.items()
+            ),
+            *(
+                Score(name, f"{what}, labels in one place", values, encoder_sha256=digest)
+                for what, values in central.items()
+            ),
+        ]
+
+    def count_labelled(self, data: EvaluationData) -> int:
+        """Count the labels that all sites draw together."""
+        return sum(map(len, self.draw(data, data.seeds[0])))
+
+    def draw(self, data: EvaluationData, seed: int) -> list[np.ndarray]:
+        """Draw at each site the rows whose labels may be seen, int64."""
+        labels = data.train.labels
+        return [
+            rows[draw_at_site(labels[rows], self.label_fraction, seed, number)]
+            for number, rows in enumerate(data.partitions)
+        ]
+
+    def make_sites(
+        self,
+        banks: Sequence[np.ndarray],
+        draw: Sequence[np.ndarray],
+        test: np.ndarray,
+        data: EvaluationData,
+    ) -> dict[int, Site]:
+        """Give each partition, by its number, its labelled features and its test features.
+
+        Args:
+            banks: features of each site's drawn rows.
+            test: features of all test images, (M, D).
+        """
+        labels, test_labels = data.train.labels, data.test.labels
+        dealt = deal_like(data.partitions, labels, test_labels, data.seeds[0])
+        return {
+            number: Site.of(
+                bank,
+                labels[drawn],
+                test[tested],
+                test_labels[tested],
+                data.num_classes,
+                self.min_images,
+            )
+            for number, (bank, drawn, tested) in enumerate(zip(banks, draw, dealt, strict=True))
+        }

@@ -1,0 +1,142 @@
+"""Heads and scores of a federation, from what its sites answer."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedssl.sites.site import HeadSettings, Sites, group_sites
+from fedssl.sites.sums import (
+    DECAYS,
+    Head,
+    Standardized,
+    Sums,
+    choose_decay,
+    choose_decay_alone,
+)
+
+
+@dataclass(frozen=True)
+class SiteScores:
+    """How well a head does on the test images of all sites.
+
+    Attributes:
+        confusions: of each site, int64 (C, C): class by predicted class.
+    """
+
+    confusions: Mapping[int, np.ndarray]
+
+    @property
+    def top1(self) -> float:
+        """The share of all test images that are classified correctly."""
+        return share_correct(self.total)
+
+    @property
+    def total(self) -> np.ndarray:
+        """The confusion matrix of all sites together."""
+        return np.sum(list(self.confusions.values()), axis=0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Give what is recorded: by class, by site, and their spread."""
+        total = self.total
+        seen = total.sum(axis=1) > 0
+        by_class = np.diag(total)[seen] / total.sum(axis=1)[seen]
+        tested = {site: each for site, each in self.confusions.items() if each.sum()}
+        by_site = {site: share_correct(each) for site, each in tested.items()}
+        values = list(by_site.values())
+        return {
+            "balanced": float(by_class.mean()),
+            "by_class": dict(zip(np.flatnonzero(seen).tolist(), by_class.tolist(), strict=True)),
+            "by_site": by_site,
+            "spread_over_sites": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+            "confusion": total.tolist(),
+        }
+
+
+def fit_from_sums(sites: Sites, folds: int) -> tuple[Standardized, Head]:
+    """Fit the head on the sums of all sites, with the decay that folds of sites choose.
+
+    A fold's sites count what heads from the other sites' sums classify correctly. Where
+    sites can't stand in for each other, one alone or classes that only one fold has,
+    generalized cross-validation chooses, which needs nothing but the sums.
+
+    Raises:
+        ValueError: no site has labelled images.
+    """
+    sums = sites.sums()
+    if not sums:
+        raise ValueError("there are no labelled images")
+    total = add(sums.values())
+    standardized = Standardized.of(total)
+    groups = group_sites({number: each.images for number, each in sums.items()}, folds)
+    parts = [add([sums[number] for number in group]) for group in groups]
+    if not can_stand_in(parts):
+        return standardized, standardized.solve(choose_decay_alone(standardized))
+    heads: dict[int, list[Head]] = {}
+    for group, part in zip(groups, parts, strict=True):
+        others = Standardized.of(total.without(part))
+        solved = [others.solve(decay) for decay in DECAYS]
+        heads |= dict.fromkeys(group, solved)
+    correct = np.sum(list(sites.count_correct(heads).values()), axis=0)
+    return standardized, standardized.solve(choose_decay(correct))
+
+
+def can_stand_in(parts: Sequence[Sums]) -> bool:
+    """Tell whether every class of each fold is in another fold, too."""
+    if len(parts) < 2:
+        return False
+    there = np.stack([part.counts > 0 for part in parts]).sum(axis=0)
+    return bool((there != 1).all())
+
+
+def train_by_rounds(sites: Sites, standardized: Standardized, settings: HeadSettings) -> Head:
+    """Train a softmax head by FedAvg: an epoch at each site, then the mean by images.
+
+    Args:
+        standardized: gives mean and scale of the features of all sites.
+
+    Returns:
+        The head, on features as they are.
+
+    Raises:
+        ValueError: in an epoch no site answered.
+    """
+    shape = standardized.products.shape
+    head = Head(np.zeros(shape, np.float32), np.zeros(shape[1], np.float32))
+    mean, scale = standardized.mean, standardized.scale
+    for epoch in range(settings.epochs):
+        trained = list(sites.train(head, mean, scale, settings, epoch).values())
+        if not trained:
+            raise ValueError("no site has trained a head")
+        images = np.array([each.images for each in trained], dtype=np.float64)
+        shares = images / images.sum()
+        weight = np.tensordot(shares, np.stack([each.head.weight for each in trained]), axes=1)
+        bias = np.tensordot(shares, np.stack([each.head.bias for each in trained]), axes=1)
+        head = Head(weight.astype(np.float32), bias.astype(np.float32))
+    weight = head.weight / scale[:, None]
+    bias = head.bias - mean @ weight
+    return Head(weight.astype(np.float32), bias.astype(np.float32))
+
+
+def score(sites: Sites, head: Head) -> SiteScores:
+    """Let each site count its test images by class and predicted class.
+
+    Raises:
+        ValueError: no site has test images.
+    """
+    scores = SiteScores(sites.confusions(head))
+    if not any(each.sum() for each in scores.confusions.values()):
+        raise ValueError("no site has labelled test images")
+    return scores
+
+
+def add(sums: Iterable[Sums]) -> Sums:
+    """Add up sums, at least one."""
+    first, *others = sums
+    return sum(others, first)
+
+
+def share_correct(confusion: np.ndarray) -> float:
+    """Give the share of the images on the diagonal of a confusion matrix."""
+    return float(np.trace(confusion) / max(confusion.sum(), 1))
