@@ -6,7 +6,8 @@
 
 A SuperNode says in its node configuration which part of the data it holds:
 `partition-id=0 num-partitions=2`, or `partition-id=0 data-path="DIR"` for a
-folder of its own. `client1` and `client2` hold the two halves.
+folder of its own, and `labels-path="DIR"` for class folders that lie elsewhere.
+`client1` and `client2` hold the two halves.
 """
 
 import logging
@@ -24,7 +25,15 @@ from fedssl.config.compose import load_config
 from fedssl.config.moved import modernize_overrides
 from fedssl.data.image_set import ImageSet
 from fedssl.errors import SettingError, UserError
-from utils import open_images, open_membership, open_run, open_source, read_config, run_rounds
+from utils import (
+    evaluate_at_sites,
+    open_images,
+    open_membership,
+    open_run,
+    open_source,
+    read_config,
+    run_rounds,
+)
 
 DEFAULTS = ["num_clients=2"]
 PRIVATE = 0o077  # the umask: what the server writes is for its own user
@@ -94,7 +103,8 @@ def identify(context: Context, app: str | None = None) -> ClientConfig:
         raise SettingError(
             f"partition-id={number}: must be from 0 to {count - 1}, num-partitions - 1"
         )
-    return ClientConfig(config_text(context), number, count, data_path)
+    labels_path = str(node["labels-path"]) if "labels-path" in node else None
+    return ClientConfig(config_text(context), number, count, data_path, labels_path)
 
 
 def open_server_images(config: DictConfig) -> ImageSet | None:
@@ -117,6 +127,12 @@ def main(grid: Grid, context: Context) -> None:
     os.umask(PRIVATE)
     config = read_config(config_text(context))
     membership = open_membership(config)
+    if config.run is not None:
+        result = evaluate_at_sites(config, grid, log.info, membership)
+        for row in result.rows:
+            spread = "" if row.std is None else f" ± {100 * row.std:.1f}"
+            log.info("%s, %s: %.1f%s %%", row.encoder, row.method, 100 * row.mean, spread)
+        return
     overrides, notices = modernize_overrides(overrides_of(context))
     for notice in notices:
         log.info(notice)

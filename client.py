@@ -37,6 +37,8 @@ from fedssl.federation.statistics import ACTION
 from fedssl.methods.base import Method, local_arrays
 from fedssl.networks.state import load_state
 from fedssl.seeding import generator_for
+from fedssl.sites.answers import ACTION as LABELS_ACTION
+from fedssl.sites.answers import LabelledPart, answer_labels
 from fedssl.training.local import (
     Pixels,
     TrainSettings,
@@ -57,6 +59,7 @@ from utils import (
     build_views,
     check_enough,
     open_client_images,
+    open_labelled_part,
     read_config,
 )
 
@@ -74,7 +77,8 @@ class ClientConfig:
     Attributes:
         config_text: the run's configuration as YAML.
         partition: which of `num_partitions` parts of the data set it holds.
-        data_path: its own folder of images instead; labels are not looked for.
+        data_path: its own folder of images instead; training looks for no labels.
+        labels_path: its own class folders, for evaluations; None for those of data_path.
         standalone: at a node of its own: nobody else has opened and checked its images
             before, and names of its files stay there.
         kept_in: folder of what clients keep of this run; None at a node, which has its own.
@@ -84,6 +88,7 @@ class ClientConfig:
     partition: int
     num_partitions: int
     data_path: str | None = None
+    labels_path: str | None = None
     standalone: bool = True
     kept_in: str | None = None
 
@@ -226,6 +231,7 @@ def make_client_app(
         (app.evaluate(), evaluate_reply),
         (app.query(), query_reply),
         (app.query(ACTION), statistics_reply),
+        (app.query(LABELS_ACTION), labels_reply),
     ):
         register(functools.partial(_answer, identify, load, answer))
     return app
@@ -391,6 +397,37 @@ def statistics_reply(
     )
     metrics = MetricRecord({"partition-id": client.partition, "num-examples": len(rows)})
     return Message(RecordDict({METRICS: metrics, **write_tensors(moments)}), reply_to=message)
+
+
+def labels_reply(
+    client: ClientConfig, state: ClientState, message: Message, context: Context
+) -> Message:
+    """Answer a step of the evaluation at the sites, see fedssl/sites/answers.py."""
+
+    def encode(encoder: Mapping[str, Tensor], pixels: np.ndarray) -> np.ndarray:
+        from fedssl.evaluation.features import extract_features  # training needs no evaluation
+
+        load_state(state.method.encoder, encoder)
+        resolution = state.schedule.eval_resolution(round_of(message))
+        size = state.settings.batch_size
+        return extract_features(state.method.encoder, pixels, state.backend, size, resolution)
+
+    part = open_labelled(
+        client.config_text,
+        client.partition,
+        client.num_partitions,
+        client.labels_path or client.data_path,
+    )
+    content = answer_labels(message, context, client.partition, part, encode)
+    return Message(content, reply_to=message)
+
+
+@functools.lru_cache(maxsize=1)
+def open_labelled(
+    config_text: str, partition: int, num_partitions: int, folder: str | None
+) -> LabelledPart:
+    """Open a site's labelled images once per process."""
+    return open_labelled_part(read_config(config_text), partition, num_partitions, folder)
 
 
 def round_of(message: Message) -> int:

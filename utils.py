@@ -17,14 +17,15 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from fedssl.compute import Backend, choose_backend
+from fedssl.config.compose import flatten
 from fedssl.config.roster import read_roster
 from fedssl.data import partitions
 from fedssl.data.cache import Report, open_image_set
 from fedssl.data.image_set import ImageSet
-from fedssl.data.sources.base import Source, absolute
-from fedssl.data.sources.folder import own_folder
+from fedssl.data.sources.base import NO_LABEL, Source, absolute
+from fedssl.data.sources.folder import labelled_folder, own_folder
 from fedssl.data.views import Augmentation, make_augmentation
-from fedssl.errors import SettingError, UserError
+from fedssl.errors import WARNING, SettingError, UserError
 from fedssl.federation.aggregation import build_strategy, fraction_train
 from fedssl.federation.membership import Membership, Patience
 from fedssl.federation.nodes import Nodes, no_op
@@ -42,8 +43,8 @@ from fedssl.networks.state import load_state
 from fedssl.runs.checkpoints import Checkpoint, load_checkpoint
 from fedssl.runs.directory import RunDirectory
 from fedssl.runs.metrics import RoundMetrics
-from fedssl.runs.resume import Continuation, reopen
-from fedssl.seeding import derive_seed
+from fedssl.runs.resume import Continuation, check_same, reopen
+from fedssl.seeding import derive_seed, draw_seed
 from fedssl.training.local import TrainSettings
 from fedssl.training.optimizers import OptimizerSettings, zero_momentum
 from fedssl.training.receiving import Receiving
@@ -51,8 +52,9 @@ from fedssl.training.schedule import Schedule
 
 if TYPE_CHECKING:  # a client, which imports this file for every message, evaluates nothing
     from fedssl.evaluation.base import Evaluation, EvaluationData
-    from fedssl.evaluation.protocol import Result
     from fedssl.reporting.sections import RunFacts, RunImages
+    from fedssl.runs.results import Result
+    from fedssl.sites.answers import LabelledPart
 
 PREPARATION = (
     "image_size",
@@ -158,6 +160,43 @@ def open_client_images(
         raise UserError(line, public=error.public) from error
     order = np.random.default_rng(derive_seed(config.seed, "partition"))
     return image_set, [order.permutation(len(image_set.train.pixels))]
+
+
+def open_labelled_part(
+    config: DictConfig, number: int, num_partitions: int, folder: str | None
+) -> "LabelledPart":
+    """Open a site's labelled images: a folder of its own, or its part of the data set.
+
+    Args:
+        number: of the partition.
+        folder: with class folders; None for the data set that is dealt out to all.
+
+    Raises:
+        UserError: no images.
+    """
+    from fedssl.sites.answers import LabelledPart
+    from fedssl.sites.site import deal_like
+
+    place = config.dataset.image_size, config.cache_dir, config.seed
+    image_set = (
+        open_image_set(labelled_folder(folder, config.dataset.name), *place)
+        if folder
+        else open_images(config)
+    )
+    train, test = image_set.train, image_set.test
+    none = np.array([], dtype=np.int64)
+    labels = np.full(len(train.pixels), NO_LABEL) if train.labels is None else train.labels
+    if test is None or test.labels is None:
+        test_pixels, test_labels = train.pixels[:0], none
+    else:
+        test_pixels, test_labels = test.pixels, test.labels
+    rows, test_rows = np.arange(len(labels)), np.arange(len(test_labels))
+    if not folder:
+        parts = open_partitions(config, image_set, num_partitions)
+        rows = parts[number]
+        test_rows = deal_like(parts, labels, test_labels, draw_seed(config.seed, 0))[number]
+    given = train.pixels, labels, rows, test_pixels, test_labels, test_rows
+    return LabelledPart(*given, image_set.class_names)
 
 
 def build_views(config: DictConfig, output_size: int | None = None) -> Augmentation:
@@ -482,8 +521,9 @@ def evaluate_run(
     Raises:
         UserError: no labels, or a checkpoint of another architecture.
     """
-    from fedssl.evaluation.protocol import Result, evaluate
+    from fedssl.evaluation.protocol import evaluate
     from fedssl.runs.provenance import provenance
+    from fedssl.runs.results import Result
 
     backend = choose_backend(config.precision)
     method, round_number = load_trained(config, checkpoint, backend.device)
@@ -503,6 +543,71 @@ def evaluate_run(
         measured=provenance(),
         images=image_set.content,
         own_images=load_checkpoint(checkpoint).images == image_set.content,
+    )
+    run.add_result(result.to_json())
+    return result
+
+
+def evaluate_at_sites(
+    config: DictConfig,
+    grid: Grid,
+    report: Callable[[str], None] = no_op,
+    membership: Membership | None = None,
+    stop: Event | None = None,
+) -> "Result":
+    """Evaluate the encoder of the run `config.run` where the labels are; record it.
+
+    Args:
+        report: told, in a line, of waiting, odd class names and sites that are left out.
+
+    Raises:
+        UserError: no such run, or one of another configuration.
+        RuntimeError: too few nodes, or none with labels.
+    """
+    from fedssl.runs.provenance import provenance
+    from fedssl.runs.results import RANDOM, TRAINED, UNRECORDED, Result
+    from fedssl.sites.remote import Asking, meet_classes
+    from fedssl.sites.server import AtSites, evaluate_encoder
+    from fedssl.sites.site import HeadSettings
+
+    wanted = Continuation(config.run, config.output_dir, config.num_rounds, {}, None)
+    run = wanted.find_run()
+    check_same(flatten(config), flatten(run.load_config()))
+    backend, protocol = choose_backend(config.precision), config.eval
+    checkpoint = run.last_checkpoint()
+    method, round_number = load_trained(config, checkpoint, backend.device)
+    nodes = Nodes(grid, build_patience(config), report, stop, membership)
+    nodes.wait_for_clients()
+    asking = Asking(nodes)
+    classes = meet_classes(asking)
+    for line in classes.describe_oddities(nodes.membership.label):
+        report(f"{WARNING}{line}")
+    head = HeadSettings(
+        protocol.epochs, protocol.batch_size, protocol.learning_rate, protocol.weight_decay
+    )
+    seeds = [draw_seed(config.seed, draw) for draw in range(protocol.seeds)]
+    given = protocol.label_fraction, seeds, protocol.min_images, protocol.folds, head, round_number
+    encoders = {f"{TRAINED}{name_of(config.method)}": method.encoder}
+    if protocol.baselines:
+        encoders[RANDOM] = build_method(config, backend.device).encoder
+    rows = []
+    for name, encoder in encoders.items():
+        scores, counted = evaluate_encoder(asking, name, encoder, classes, AtSites(*given))
+        rows += scores
+    for line in dict.fromkeys(f"{each.who}: {each.reason}" for each in asking.failures):
+        report(f"{WARNING}left out: {line}")
+    result = Result(
+        mode="federated",
+        dataset=title_of_images(config.dataset),
+        protocol={key: protocol[key] for key in protocol if key not in UNRECORDED},
+        round=round_number,
+        labelled_images=counted.labelled,
+        test_images=counted.tested,
+        rows=rows,
+        seed=config.seed,
+        checkpoint=checkpoint.name,
+        precision=str(backend.dtype).removeprefix("torch."),
+        measured=provenance(),
     )
     run.add_result(result.to_json())
     return result

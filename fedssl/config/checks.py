@@ -45,6 +45,8 @@ def check_settings(program: str, settings: Mapping[str, Any]) -> None:
     if program == "config":
         _check_resolution(settings)
         _check_negatives(settings)
+        if settings["run"] is not None and "Federated" not in settings["eval"]["_target_"]:
+            raise SettingError(f"run={settings['run']}: add eval=federated, which evaluates it")
 
 
 def check_simulation(settings: Mapping[str, Any]) -> None:
@@ -53,6 +55,11 @@ def check_simulation(settings: Mapping[str, Any]) -> None:
     Raises:
         UserError: more than there are.
     """
+    if settings["run"] is not None:
+        raise SettingError(
+            f"run={settings['run']}: is for flower-server-app; python test.py eval=federated "
+            "evaluates a simulation"
+        )
     count, participants = settings["num_clients"], set(settings["participants"])
     strategy = settings["strategy"]
     for key in ("min_nodes", "min_results"):

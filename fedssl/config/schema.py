@@ -49,6 +49,10 @@ class MainSettings(Section):
     resume: str | None = Field(
         default=None, description="go on with the newest run, latest, or with a directory"
     )
+    run: str | None = Field(
+        default=None,
+        description="with eval=federated: evaluate this run's encoder at the nodes, and train none",
+    )
     participants: Partitions = Field(
         default=[], description="partitions that take part, as [0] for a client alone; []: all"
     )

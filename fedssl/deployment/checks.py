@@ -99,12 +99,13 @@ def check_node_config(text: str) -> dict[str, Any]:
         UserError: not readable, an unknown key, a wrong value or folder.
     """
     flag = "--node-config"
-    values = _read_pairs(flag, text, ("partition-id", "num-partitions", "data-path"))
+    folders = ("data-path", "labels-path")
+    values = _read_pairs(flag, text, ("partition-id", "num-partitions", *folders))
     for key, value in values.items():
-        if key != "data-path" and (type(value) is not int or value < 0):
+        if key not in folders and (type(value) is not int or value < 0):
             raise UserError(f"{flag}: {key}={value}: must be a whole number, at least 0")
-    if "data-path" in values:
-        values["data-path"] = _check_folder(f"{flag}: data-path", str(values["data-path"]))
+    for key in values.keys() & set(folders):
+        values[key] = _check_folder(f"{flag}: {key}", str(values[key]))
     return values
 
 

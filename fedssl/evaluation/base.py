@@ -1,7 +1,7 @@
 """What an evaluation is to the rest of the project: the contract, its data and its scores."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -15,10 +15,8 @@ from fedssl.data.views import Augmentation
 from fedssl.errors import UserError
 from fedssl.evaluation.features import extract_features
 from fedssl.networks.encoder import Encoder
-from fedssl.seeding import derive_seed
-
-TOP1 = "top-1"
-UNRECORDED = {"baselines", "feature_batch_size"}  # these decide no score
+from fedssl.runs.results import UNRECORDED, Score
+from fedssl.seeding import draw_seed
 
 
 @dataclass(frozen=True)
@@ -26,55 +24,6 @@ class LabelledImages(Images):
     """Images with labels, the test images each with one: uint8 (N, 3, S, S) and int64 (N,)."""
 
     labels: np.ndarray
-
-
-@dataclass(frozen=True)
-class Score:
-    """How well an encoder does by a method, once for every draw of labels.
-
-    Attributes:
-        encoder: whose it is, the first column of the table.
-        method: what was put on it, the second column.
-        top1: values, from 0 to 1; those of the metric if it is another one.
-        encoder_sha256: of a frozen encoder, before and after.
-        sites: for each draw what the sites of a federation tell beside it.
-    """
-
-    encoder: str
-    method: str
-    top1: list[float]
-    metric: str = TOP1
-    encoder_sha256: str | None = None
-    sites: list[dict[str, Any]] | None = None
-
-    @property
-    def mean(self) -> float:
-        """The mean over the draws."""
-        return float(np.mean(self.top1))
-
-    @property
-    def std(self) -> float | None:
-        """The sample standard deviation over the draws, None for a single one."""
-        return float(np.std(self.top1, ddof=1)) if len(self.top1) > 1 else None
-
-    def to_json(self) -> dict[str, Any]:
-        """Write it as a row of results.json."""
-        row: dict[str, Any] = {"encoder": self.encoder, "method": self.method, "top1": self.top1}
-        row |= {"mean": self.mean, "std": self.std}
-        if self.metric != TOP1:
-            row["metric"] = self.metric
-        if self.encoder_sha256:
-            row["encoder_sha256"] = self.encoder_sha256
-        if self.sites:
-            row["sites"] = self.sites
-        return row
-
-    @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> "Score":
-        """Read a row of results.json."""
-        metric, digest = row.get("metric", TOP1), row.get("encoder_sha256")
-        top1, sites = list(row["top1"]), row.get("sites")
-        return cls(row["encoder"], row["method"], top1, metric, digest, sites)
 
 
 @dataclass(frozen=True)
@@ -129,7 +78,7 @@ class EvaluationData:
         """
         train = _require_labels(image_set.train)
         test = _only_labelled(_require_labels(image_set.test))
-        seeds = [derive_seed(seed, "labels", draw) % 2**32 for draw in range(num_seeds)]
+        seeds = [draw_seed(seed, draw) for draw in range(num_seeds)]
         return cls(
             train=train,
             test=test,

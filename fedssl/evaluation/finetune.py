@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from fedssl.evaluation.base import EvaluationData, Score
+from fedssl.evaluation.base import EvaluationData
 from fedssl.evaluation.classifier import ClassifierEvaluation, fit, put_head, score_networks
 from fedssl.networks.encoder import Encoder
+from fedssl.runs.results import Score
 from fedssl.seeding import generator_for
 
 

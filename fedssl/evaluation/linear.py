@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from sklearn.preprocessing import StandardScaler
 
-from fedssl.evaluation.base import EvaluationData, Score
+from fedssl.evaluation.base import EvaluationData
 from fedssl.evaluation.classifier import ClassifierEvaluation, fit, zero_linear
 from fedssl.evaluation.converged import fit_converged_head
 from fedssl.evaluation.knn import knn_accuracy
 from fedssl.networks.encoder import Encoder
 from fedssl.networks.state import state_digest
+from fedssl.runs.results import Score
 from fedssl.seeding import generator_for
 
 

@@ -6,7 +6,8 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from fedssl.evaluation.base import EvaluationData, Score
+from fedssl.evaluation.base import EvaluationData
+from fedssl.runs.results import Score
 
 MAX_STEPS = 200  # digits need 70; large images are stopped
 

@@ -1,66 +1,11 @@
-"""An evaluation beside its baselines, and the record of it."""
+"""An evaluation beside its baselines."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
-
-from fedssl.evaluation.base import TOP1, Evaluation, EvaluationData, Score
+from fedssl.evaluation.base import Evaluation, EvaluationData
 from fedssl.evaluation.pixels import score_raw_pixels
 from fedssl.networks.encoder import Encoder
+from fedssl.runs.results import RANDOM, TOP1, TRAINED, Score
 
-TRAINED = "federated "  # and the name of the method
-RANDOM = "random encoder"
 FROM_SCRATCH = "labels only"
-
-
-@dataclass(frozen=True)
-class Result:
-    """An entry of results.json: scores, and all that decided them.
-
-    Attributes:
-        mode: of the evaluation.
-        dataset: name of what it was evaluated on.
-        images: names the content of its training images.
-        own_images: whether the run was trained on just these.
-        protocol: values of the evaluation.
-        round: of the checkpoint.
-        labelled_images: of each draw of labels.
-        rows: the run's own scores first.
-        seed: of the run.
-        checkpoint: name of its file.
-        precision: of the features, "float32" or "bfloat16".
-        measured: when and with what, see `provenance`.
-    """
-
-    mode: str
-    dataset: str
-    protocol: Mapping[str, Any]
-    round: int
-    labelled_images: int
-    test_images: int
-    rows: list[Score]
-    seed: int
-    checkpoint: str
-    precision: str
-    measured: Mapping[str, Any]
-    images: str | None = None
-    own_images: bool = True
-
-    def to_json(self) -> dict[str, Any]:
-        """Write it as an entry of results.json."""
-        entry = asdict(self) | {"rows": [score.to_json() for score in self.rows]}
-        if self.images is None:  # as before version 1.1
-            del entry["images"], entry["own_images"]
-        return entry
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> "Result":
-        """Read an entry of results.json.
-
-        Raises:
-            TypeError: a field is missing or unknown.
-        """
-        return cls(**{**entry, "rows": [Score.from_json(row) for row in entry["rows"]]})
 
 
 def evaluate(

@@ -12,9 +12,9 @@ from matplotlib.ticker import MaxNLocator
 from fedssl.config.compose import flatten
 from fedssl.data.sources.base import NAMELESS
 from fedssl.errors import UserError
-from fedssl.evaluation.protocol import TRAINED
 from fedssl.reporting.figures import save_figure
 from fedssl.runs.directory import LATEST, RunDirectory
+from fedssl.runs.results import TRAINED
 from fedssl.runs.resume import HARMLESS, HARMLESS_GROUPS
 
 MAIN_METRIC = "linear head, 10 %"

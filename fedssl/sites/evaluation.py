@@ -5,16 +5,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedssl.evaluation.base import EvaluationData, Score
+from fedssl.evaluation.base import EvaluationData
 from fedssl.evaluation.classifier import ClassifierEvaluation
 from fedssl.evaluation.converged import fit_converged_head
 from fedssl.evaluation.linear import train_linear_head
 from fedssl.networks.encoder import Encoder
 from fedssl.networks.state import state_digest
-from fedssl.sites.heads import SiteScores, fit_from_sums, score, train_by_rounds
+from fedssl.runs.results import Score
+from fedssl.sites.heads import BY_ROUNDS, FROM_SUMS, SiteScores, score_heads, to_score
 from fedssl.sites.site import HeadSettings, LocalSites, Site, deal_like, draw_at_site
-
-FROM_SUMS, BY_ROUNDS = "head from sums", "head by rounds"
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,8 @@ class FederatedEvaluation(ClassifierEvaluation):
             banks = [features[np.searchsorted(rows, drawn)] for drawn in draw]
             sites = self.make_sites(banks, draw, test, data)
             asked = LocalSites(sites, seed)
-            standardized, head = fit_from_sums(asked, self.folds)
-            scores[FROM_SUMS].append(score(asked, head))
-            trained = train_by_rounds(asked, standardized, settings)
-            scores[BY_ROUNDS].append(score(asked, trained))
+            for what, found in score_heads(asked, self.folds, settings).items():
+                scores[what].append(found)
             bank = np.concatenate([site.features for site in sites.values()])
             labels = np.concatenate([site.labels for site in sites.values()])
             in_one_place = {
@@ -70,16 +67,7 @@ class FederatedEvaluation(ClassifierEvaluation):
         if state_digest(encoder) != digest:
             raise RuntimeError("the frozen encoder changed during the evaluation")
         return [
-            *(
-                Score(
-                    name,
-                    what,
-                    [each.top1 for each in found],
-                    encoder_sha256=digest,
-                    sites=[each.to_json() for each in found],
-                )
-                for what, found in scores.items()
-            ),
+            *(to_score(name, what, found, digest) for what, found in scores.items()),
             *(
                 Score(name, f"{what}, labels in one place", values, encoder_sha256=digest)
                 for what, values in central.items()

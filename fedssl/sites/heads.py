@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fedssl.runs.results import Score
 from fedssl.sites.site import HeadSettings, Sites, group_sites
 from fedssl.sites.sums import (
     DECAYS,
@@ -15,6 +16,8 @@ from fedssl.sites.sums import (
     choose_decay,
     choose_decay_alone,
 )
+
+FROM_SUMS, BY_ROUNDS = "head from sums", "head by rounds"
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,28 @@ class SiteScores:
             "spread_over_sites": float(np.std(values, ddof=1)) if len(values) > 1 else None,
             "confusion": total.tolist(),
         }
+
+
+def score_heads(sites: Sites, folds: int, settings: HeadSettings) -> dict[str, SiteScores]:
+    """Score the head from sums and the one by rounds.
+
+    Raises:
+        ValueError: no site has labelled images, or none has test images.
+    """
+    standardized, head = fit_from_sums(sites, folds)
+    trained = train_by_rounds(sites, standardized, settings)
+    return dict(zip((FROM_SUMS, BY_ROUNDS), score(sites, [head, trained]), strict=True))
+
+
+def to_score(name: str, what: str, draws: Sequence[SiteScores], digest: str) -> Score:
+    """Make a row of results.json.
+
+    Args:
+        name, digest: of the encoder.
+        draws: the scores of each draw of labels.
+    """
+    values, told = [each.top1 for each in draws], [each.to_json() for each in draws]
+    return Score(name, what, values, encoder_sha256=digest, sites=told)
 
 
 def fit_from_sums(sites: Sites, folds: int) -> tuple[Standardized, Head]:
@@ -119,16 +144,19 @@ def train_by_rounds(sites: Sites, standardized: Standardized, settings: HeadSett
     return Head(weight.astype(np.float32), bias.astype(np.float32))
 
 
-def score(sites: Sites, head: Head) -> SiteScores:
-    """Let each site count its test images by class and predicted class.
+def score(sites: Sites, heads: Sequence[Head]) -> list[SiteScores]:
+    """Let each site count its test images by class and predicted class of each head.
 
     Raises:
         ValueError: no site has test images.
     """
-    scores = SiteScores(sites.confusions(head))
-    if not any(each.sum() for each in scores.confusions.values()):
+    told = sites.confusions(heads)
+    if not any(each.sum() for each in told.values()):
         raise ValueError("no site has labelled test images")
-    return scores
+    return [
+        SiteScores({site: each[place] for site, each in told.items()})
+        for place in range(len(heads))
+    ]
 
 
 def add(sums: Iterable[Sums]) -> Sums:

@@ -87,11 +87,11 @@ class Site:
         """Count the labelled images that each head classifies correctly, int64 (heads,)."""
         return np.array([(h.predict(self.features) == self.labels).sum() for h in heads])
 
-    def confusion(self, head: Head) -> np.ndarray:
-        """Count the test images by class and by predicted class, int64 (C, C)."""
-        counts = np.zeros((self.num_classes, self.num_classes), dtype=np.int64)
-        if len(self.test_labels):
-            np.add.at(counts, (self.test_labels, head.predict(self.test_features)), 1)
+    def confusions(self, heads: Sequence[Head]) -> np.ndarray:
+        """Count the test images by class and predicted class of each head, int64 (heads, C, C)."""
+        counts = np.zeros((len(heads), self.num_classes, self.num_classes), dtype=np.int64)
+        for each, head in zip(counts, heads if len(self.test_labels) else (), strict=False):
+            np.add.at(each, (self.test_labels, head.predict(self.test_features)), 1)
         return counts
 
     def train(
@@ -152,8 +152,8 @@ class Sites(ABC):
         """Ask the sites with labelled images to train a head, see `Site.train`."""
 
     @abstractmethod
-    def confusions(self, head: Head) -> dict[int, np.ndarray]:
-        """Ask for the test images by class and predicted class, int64 (C, C)."""
+    def confusions(self, heads: Sequence[Head]) -> dict[int, np.ndarray]:
+        """Ask for the test images by class and predicted class, int64 (heads, C, C)."""
 
 
 class LocalSites(Sites):
@@ -188,9 +188,9 @@ class LocalSites(Sites):
             if len(site.labels)
         }
 
-    def confusions(self, head: Head) -> dict[int, np.ndarray]:
+    def confusions(self, heads: Sequence[Head]) -> dict[int, np.ndarray]:
         """Count at each site."""
-        return {number: site.confusion(head) for number, site in self.sites.items()}
+        return {number: site.confusions(heads) for number, site in self.sites.items()}
 
 
 def head_generator(seed: int, epoch: int, site: int) -> Generator:

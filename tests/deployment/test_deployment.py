@@ -14,6 +14,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -157,6 +158,10 @@ def test_the_four_commands_give_the_numbers_of_the_simulation(place):
         *("metrics.jsonl", "overrides.yaml"),
     }
     assert not (place.home / ".flwr" / "config.toml").exists()  # the user's configuration
+    at_sites = ["eval=federated", "eval.seeds=1", "eval.epochs=1", "eval.baselines=false"]
+    place.server(*rounds, *at_sites, f"run={run}", name="evaluation")
+    assert place.end("evaluation", 240) == 0, place.all_logs()
+    assert "federated SimCLR, head from sums: " in place.log("evaluation")
     place.stop_all()
 
     places = [f"output_dir={place.folder}/simulated", f"cache_dir={place.folder}/cache"]
@@ -173,9 +178,13 @@ def test_the_four_commands_give_the_numbers_of_the_simulation(place):
             assert client["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
 
     evaluate = [f"run={run}", f"cache_dir={place.folder}/cache", "seeds=1", "epochs=1"]
-    status, output = place.run(sys.executable, "test.py", *evaluate)
+    status, output = place.run(sys.executable, "test.py", *evaluate, "eval=federated")
     assert status == 0, output
-    assert (run / "results.json").is_file()
+    at_nodes, in_one_process = json.loads((run / "results.json").read_text())
+    for ours, theirs in zip(at_nodes["rows"], in_one_process["rows"], strict=False):
+        assert (ours["encoder"], ours["method"]) == (theirs["encoder"], theirs["method"])
+        assert abs(ours["mean"] - theirs["mean"]) * at_nodes["test_images"] < 1.5
+        assert np.sum(ours["sites"][0]["confusion"]) == 360
 
 
 @pytest.mark.slow

@@ -10,11 +10,12 @@ from evaluation.small import COMMON, HEAD, make_data, make_encoder
 
 from fedssl.data.image_set import Images
 from fedssl.errors import UserError
-from fedssl.evaluation.base import Evaluation, Score, check_evaluable, draw_labelled
+from fedssl.evaluation.base import Evaluation, check_evaluable, draw_labelled
 from fedssl.evaluation.finetune import FineTuning
 from fedssl.evaluation.linear import LinearEvaluation
-from fedssl.evaluation.protocol import Result, evaluate
+from fedssl.evaluation.protocol import evaluate
 from fedssl.evaluation.supervised import SupervisedTraining
+from fedssl.runs.results import Result, Score
 
 RECORDED = sorted((ROOT / "results").rglob("results.json"))
 

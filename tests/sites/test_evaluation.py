@@ -53,7 +53,7 @@ def test_the_head_and_its_score_are_those_of_one_place(sites):
     apart = [np.abs(found - each).max() for each in candidates]
     assert min(apart) < 2e-5
     expected = candidates[int(np.argmin(apart))].argmax(axis=1)
-    scores = score(made, head)
+    (scores,) = score(made, [head])
     assert scores.top1 == (expected == truth).mean()
     by_hand = np.zeros((CLASSES, CLASSES), dtype=int)
     for true, predicted in zip(truth, expected, strict=True):

@@ -196,6 +196,15 @@ def own_folder(path: str, name: str) -> FolderSource:
     return FolderSource(name=name, path=path, labels=False, test_fraction=None)
 
 
+def labelled_folder(path: str, name: str) -> FolderSource:
+    """Make a client's class folders a source; without test images a share becomes them.
+
+    Args:
+        name: of the run's data set.
+    """
+    return FolderSource(name=name, path=path, labels=True, test_fraction=TEST_FRACTION)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Which folders stand for splits.

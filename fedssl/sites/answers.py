@@ -1,0 +1,203 @@
+"""What a site answers when it is asked about its labels: a step at a time.
+
+The first step, "classes", tells the names of the classes and how many images have one. The
+second, "features", brings the encoder; the features that it gives stay in Flower's
+`context.state` for the steps that follow, which need no encoder any more: "sums",
+"correct", "train" and "score", see `Site`.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from torch import Tensor
+
+from fedssl.data.sources.base import NO_LABEL
+from fedssl.federation.messages import ARRAYS, CONFIG, METRICS, read_tensors, write_tensors
+from fedssl.sites.site import HeadSettings, Site, draw_at_site, head_generator
+from fedssl.sites.sums import Head
+
+ACTION = "labels"
+LABELS = f"query.{ACTION}"  # type of all messages about labels
+STEP, CLASSES, DRAW = "step", "classes", "draw"  # entries of the config record
+FEATURES = "labelled-features"  # in `context.state`
+WEIGHT, BIAS = "weight", "bias"  # arrays of a head, or of several, one behind the other
+
+
+@dataclass(frozen=True)
+class LabelledPart:
+    """The labelled images of one site.
+
+    Attributes:
+        pixels, test_pixels: uint8 (N, 3, S, S), of all that the site can see.
+        labels, test_labels: int64 (N,), indices of class_names, or `NO_LABEL`.
+        rows, test_rows: which of them are the site's own, int64.
+    """
+
+    pixels: np.ndarray
+    labels: np.ndarray
+    rows: np.ndarray
+    test_pixels: np.ndarray
+    test_labels: np.ndarray
+    test_rows: np.ndarray
+    class_names: Sequence[str]
+
+
+Metrics = dict[str, int | float | list[int] | list[float]]  # as Flower has them
+Encode = Callable[[Mapping[str, Tensor], np.ndarray], np.ndarray]  # state, pixels -> features
+
+
+def answer_labels(
+    message: Message, context: Context, site: int, part: LabelledPart, encode: Encode
+) -> RecordDict:
+    """Answer a step.
+
+    Args:
+        site: its number.
+        encode: gives float32 (N, D) of uint8 (N, 3, S, S) by an encoder with some state.
+
+    Raises:
+        ValueError: an unknown step, or one whose features are gone.
+    """
+    request = message.content.config_records[CONFIG]
+    step = str(request[STEP])
+    if step == "classes":
+        return _tell_classes(part)
+    if step == "features":
+        state = message.content.array_records[ARRAYS].to_torch_state_dict()
+        return _keep_features(request, context, site, part, lambda pixels: encode(state, pixels))
+    draw = int(str(request[DRAW]))
+    here = _site_of(context, draw)
+    if step == "sums":
+        return _reply(here, {name: torch.from_numpy(v) for name, v in here.sums().pack().items()})
+    heads = read_heads(message.content)
+    if step == "correct":
+        return _reply(here, {"correct": torch.from_numpy(here.count_correct(heads))})
+    if step == "score":
+        return _reply(here, {"confusions": torch.from_numpy(here.confusions(heads))})
+    if step != "train":
+        raise ValueError(f"step={step}: unknown to this version")
+    given = read_tensors(message.content, "head")
+    epoch, seed = int(str(request["epoch"])), int(str(request["seed"]))
+    settings = HeadSettings(
+        epochs=int(str(request["epochs"])),
+        batch_size=int(str(request["batch-size"])),
+        learning_rate=float(str(request["learning-rate"])),
+        weight_decay=float(str(request["weight-decay"])),
+    )
+    trained = here.train(
+        heads[0],
+        given["mean"].numpy(),
+        given["scale"].numpy(),
+        settings,
+        epoch,
+        head_generator(seed, epoch, site),
+    )
+    return _reply(here, write_heads([trained]))
+
+
+def _tell_classes(part: LabelledPart) -> RecordDict:
+    labels, tests = part.labels[part.rows], part.test_labels[part.test_rows]
+    counts: Metrics = {"num-examples": int((labels != NO_LABEL).sum())}
+    counts["num-tested"] = int((tests != NO_LABEL).sum())
+    told = ConfigRecord({CLASSES: json.dumps(list(part.class_names))})
+    return RecordDict({METRICS: MetricRecord(counts), CONFIG: told})
+
+
+def _keep_features(
+    request: ConfigRecord,
+    context: Context,
+    site: int,
+    part: LabelledPart,
+    encode: Callable[[np.ndarray], np.ndarray],
+) -> RecordDict:
+    """Encode the images whose labels some draw gives, and the test images."""
+    number_of = {name: number for number, name in enumerate(json.loads(str(request[CLASSES])))}
+    own = [number_of.get(normalize(name), NO_LABEL) for name in part.class_names]
+    labels = _translate(part.labels[part.rows], own)
+    fraction, seeds = float(str(request["fraction"])), json.loads(str(request["seeds"]))
+    draws = [draw_at_site(labels, fraction, seed, site) for seed in seeds]
+    rows = np.unique(np.concatenate(draws))
+    kept = {
+        "features": _encode_some(encode, part.pixels, part.rows[rows]),
+        "labels": labels[rows],
+        "test-features": _encode_some(encode, part.test_pixels, part.test_rows),
+        "test-labels": _translate(part.test_labels[part.test_rows], own),
+        "settings": np.array([len(number_of), int(str(request["min-images"]))]),
+    }
+    if not all(np.isfinite(value).all() for value in kept.values()):
+        raise ValueError("features are not finite")
+    for number, drawn in enumerate(draws):
+        kept[f"draw-{number}"] = np.searchsorted(rows, drawn)
+    context.state[FEATURES] = ArrayRecord({k: torch.from_numpy(v) for k, v in kept.items()})
+    left_out = [len(_site_of(context, number).left_out) for number in range(len(draws))]
+    tested = int((kept["test-labels"] != NO_LABEL).sum())
+    counts: Metrics = {"num-examples": len(draws[0]), "num-tested": tested}
+    return RecordDict({METRICS: MetricRecord({**counts, "left-out": left_out})})
+
+
+def _encode_some(
+    encode: Callable[[np.ndarray], np.ndarray], pixels: np.ndarray, rows: np.ndarray
+) -> np.ndarray:
+    """Encode some images; of none the features have no numbers."""
+    return encode(pixels[rows]) if len(rows) else np.zeros((0, 0), dtype=np.float32)
+
+
+def _translate(labels: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
+    """Turn a site's own class numbers into those of the federation."""
+    known = labels != NO_LABEL
+    translated = np.full_like(labels, NO_LABEL)
+    translated[known] = np.array(numbers, dtype=np.int64)[labels[known]]
+    return translated
+
+
+def _site_of(context: Context, draw: int) -> Site:
+    """Put together what the site kept, for a draw of labels.
+
+    Raises:
+        ValueError: it is gone.
+    """
+    record = context.state.array_records.get(FEATURES)
+    if record is None:
+        raise ValueError("it was started again and lost its features; evaluate once more")
+    kept = {name: value.numpy() for name, value in record.items()}
+    rows, (classes, least) = kept[f"draw-{draw}"], kept["settings"]
+    size = max(kept["features"].shape[1], kept["test-features"].shape[1])
+    bank, test = (
+        value if value.shape[1] == size else np.zeros((0, size), dtype=np.float32)
+        for value in (kept["features"], kept["test-features"])
+    )
+    given = bank[rows], kept["labels"][rows], test, kept["test-labels"]
+    return Site.of(*given, int(classes), int(least))
+
+
+def _reply(site: Site, tensors: Mapping[str, Tensor]) -> RecordDict:
+    metrics = MetricRecord({"num-examples": len(site.labels)})
+    return RecordDict({METRICS: metrics, **write_tensors(tensors)})
+
+
+def write_heads(heads: Sequence[Head]) -> dict[str, Tensor]:
+    """Stack heads for a message: weights (heads, D, C) and biases (heads, C)."""
+    weights, biases = (np.stack([getattr(h, name) for h in heads]) for name in (WEIGHT, BIAS))
+    return {WEIGHT: torch.from_numpy(weights), BIAS: torch.from_numpy(biases)}
+
+
+def read_heads(content: RecordDict) -> list[Head]:
+    """Read what `write_heads` wrote.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    given = read_tensors(content, "head")
+    if given.keys() < {WEIGHT, BIAS} or given[WEIGHT].shape[::2] != given[BIAS].shape:
+        raise ValueError("the head has no weight and bias that fit")
+    pairs = zip(given[WEIGHT].numpy(), given[BIAS].numpy(), strict=True)
+    return [Head(weight, bias) for weight, bias in pairs]
+
+
+def normalize(name: str) -> str:
+    """Give the form by which class names are compared: no case, no spaces around."""
+    return " ".join(name.split()).casefold()

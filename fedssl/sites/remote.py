@@ -1,0 +1,269 @@
+"""The sites of a real federation, asked by messages; who answers nonsense is named, not added."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import TypeVar
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from torch import Tensor, from_numpy
+
+from fedssl.federation.guards import read_metrics, read_replies
+from fedssl.federation.messages import ARRAYS, CONFIG, read_tensors, write_tensors
+from fedssl.federation.nodes import Nodes
+from fedssl.runs.metrics import Failure
+from fedssl.sites.answers import (
+    CLASSES,
+    DRAW,
+    LABELS,
+    STEP,
+    normalize,
+    read_heads,
+    write_heads,
+)
+from fedssl.sites.site import HeadSettings, Sites, Trained
+from fedssl.sites.sums import Head, Sums, unpack_sums
+
+Read = TypeVar("Read")
+ConfigValue = str | int | float
+
+
+class Asking:
+    """Asks nodes a step about their labels, and remembers who failed and why."""
+
+    def __init__(self, nodes: Nodes) -> None:
+        """Ask those nodes that are connected."""
+        self.nodes = nodes
+        self.failures: list[Failure] = []
+
+    def ask(
+        self,
+        step: str,
+        read: Callable[[int, RecordDict], Read],
+        config: Mapping[str, ConfigValue] | None = None,
+        tensors: Mapping[int, Mapping[str, Tensor]] | None = None,
+        arrays: ArrayRecord | None = None,
+        sites: Sequence[int] | None = None,
+    ) -> dict[int, Read]:
+        """Send a step to sites and read their answers.
+
+        Args:
+            read: takes the site's number and its answer; raises ValueError for an odd one.
+            tensors: for each site that is asked; None sends none.
+            arrays: for all of them.
+            sites: that are asked; None asks those of `tensors`, or all.
+
+        Returns:
+            What was read, by the site's number.
+        """
+        messages = []
+        chosen = tensors if sites is None else sites
+        for node in self.nodes.get_node_ids():
+            site = self.nodes.partition_of[node]
+            if chosen is not None and site not in chosen:
+                continue
+            content = RecordDict({CONFIG: ConfigRecord({STEP: step, **(config or {})})})
+            if tensors is not None:
+                content = RecordDict({**content, **write_tensors(tensors[site])})
+            if arrays is not None:
+                content[ARRAYS] = arrays
+            messages.append(Message(content, node, LABELS))
+        answers = self.nodes.send_and_receive(messages)
+        found, failures = read_replies(
+            answers,
+            self.nodes.partition_of,
+            lambda site, reply: (site, read(site, reply.content)),
+        )
+        self.failures += failures
+        return dict(found)
+
+
+class Classes:
+    """The classes of a federation: those of all sites, by name."""
+
+    def __init__(self, told: Mapping[int, Sequence[str]]) -> None:
+        """Gather the names.
+
+        Args:
+            told: names of the classes of each site.
+        """
+        spelled: dict[str, str] = {}
+        where: dict[str, list[int]] = {}
+        for site in sorted(told):
+            for name in told[site]:
+                spelled.setdefault(normalize(name), name)
+                where.setdefault(normalize(name), []).append(site)
+        self.keys = sorted(spelled)
+        self.names = [spelled[key] for key in self.keys]
+        self._where = where
+
+    def describe_oddities(self, who: Callable[[int], str]) -> list[str]:
+        """Name classes that one site alone has and that are spelled nearly as another one.
+
+        Args:
+            who: names a site.
+        """
+        lines = []
+        for key, sites in self._where.items():
+            others = [other for other in self.keys if len(self._where[other]) > len(sites)]
+            close = get_close_matches(key, others, n=1, cutoff=0.75)
+            if len(sites) == 1 and close and sites[0] not in self._where[close[0]]:
+                has = f"{who(sites[0])} has a class {key!r}, as no other site has"
+                lines.append(f"{has}; is it {close[0]!r}?")
+        return lines
+
+
+def meet_classes(asking: Asking) -> Classes:
+    """Ask all sites for their classes.
+
+    Raises:
+        RuntimeError: no site has labels, or all of one class.
+    """
+
+    def read(site: int, content: RecordDict) -> list[str]:
+        read_metrics(content, ("num-examples", "num-tested"))
+        try:
+            names = json.loads(str(content.config_records[CONFIG][CLASSES]))
+        except (KeyError, ValueError) as error:
+            raise ValueError("the reply names no classes") from error
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("the classes are no names")
+        return names
+
+    classes = Classes(asking.ask("classes", read))
+    if not classes.names:
+        raise RuntimeError("no site has labelled images; give class folders to the nodes")
+    if len(classes.names) == 1:
+        raise RuntimeError(
+            f"all labels are {classes.names[0]!r}, so there is nothing to tell apart"
+        )
+    return classes
+
+
+def spread_encoder(
+    asking: Asking,
+    encoder: Mapping[str, Tensor],
+    classes: Classes,
+    *,
+    fraction: float,
+    seeds: Sequence[int],
+    min_images: int,
+    round_number: int,
+) -> dict[int, tuple[int, int]]:
+    """Let all sites encode their labelled images.
+
+    Args:
+        encoder: its state.
+        fraction: share of each site's labels that a draw gives.
+        seeds: of the draws.
+        round_number: of the checkpoint, which decides the size of the images.
+
+    Returns:
+        For each site the labelled images of the first draw, and its test images.
+    """
+    config: dict[str, ConfigValue] = {
+        CLASSES: json.dumps(classes.keys),
+        "fraction": fraction,
+        "seeds": json.dumps(list(seeds)),
+        "min-images": min_images,
+        "server-round": round_number,
+    }
+
+    def read(site: int, content: RecordDict) -> tuple[int, int]:
+        told = read_metrics(content, ("num-examples", "num-tested"))
+        return int(told["num-examples"]), int(told["num-tested"])
+
+    return asking.ask("features", read, config, arrays=ArrayRecord(dict(encoder)))
+
+
+class RemoteSites(Sites):
+    """Sites that answer by messages, with one draw of labels."""
+
+    def __init__(
+        self, asking: Asking, sites: Sequence[int], draw: int, seed: int, size: int, classes: int
+    ) -> None:
+        """Ask those sites that have encoded their images.
+
+        Args:
+            draw, seed: number and seed of the draw.
+            size, classes: D and C, of the heads and of what comes back.
+        """
+        self.asking, self.numbers, self.seed = asking, list(sites), seed
+        self.config: dict[str, ConfigValue] = {DRAW: draw}
+        self.size, self.classes = size, classes
+        self.images: dict[int, int] = {}
+
+    def sums(self) -> dict[int, Sums]:
+        """Ask for the sums; those that can't be sums of features are left out."""
+
+        def read(site: int, content: RecordDict) -> Sums:
+            arrays = {n: v.numpy() for n, v in read_tensors(content, "sums").items()}
+            if not arrays.get("counts", np.ones(1)).any():  # nothing, of whatever size
+                return nothing(self.size, self.classes)
+            return unpack_sums(arrays, self.size, self.classes)
+
+        found = self.asking.ask("sums", read, self.config, sites=self.numbers)
+        self.images = {site: sums.images for site, sums in found.items()}
+        self.numbers = sorted(found)  # who lied here is not asked again
+        return found
+
+    def count_correct(self, heads: Mapping[int, Sequence[Head]]) -> dict[int, np.ndarray]:
+        """Ask for counts; none can be more than the site's images."""
+
+        def read(site: int, content: RecordDict) -> np.ndarray:
+            counts = read_tensors(content, "counts").get("correct")
+            if counts is None or counts.shape != (len(heads[site]),):
+                raise ValueError("it does not count for each head")
+            if (counts < 0).any() or (counts > self.images[site]).any():
+                raise ValueError("it counts more correct images than it has")
+            return np.asarray(counts.numpy())
+
+        tensors = {site: write_heads(given) for site, given in heads.items()}
+        return self.asking.ask("correct", read, self.config, tensors)
+
+    def train(
+        self, head: Head, mean: np.ndarray, scale: np.ndarray, settings: HeadSettings, epoch: int
+    ) -> dict[int, Trained]:
+        """Ask the sites with labelled images to train."""
+        config = self.config | {
+            "epoch": epoch,
+            "seed": self.seed,
+            "epochs": settings.epochs,
+            "batch-size": settings.batch_size,
+            "learning-rate": settings.learning_rate,
+            "weight-decay": settings.weight_decay,
+        }
+
+        def read(site: int, content: RecordDict) -> Trained:
+            (trained,) = read_heads(content)
+            if trained.weight.shape != head.weight.shape:
+                raise ValueError(f"its head has shape {trained.weight.shape}")
+            if not all(np.isfinite(value).all() for value in (trained.weight, trained.bias)):
+                raise ValueError("its head is not finite")
+            return Trained(trained, self.images[site])
+
+        given = {**write_heads([head]), "mean": from_numpy(mean), "scale": from_numpy(scale)}
+        filled = [site for site in self.numbers if self.images[site]]
+        return self.asking.ask("train", read, config, dict.fromkeys(filled, given))
+
+    def confusions(self, heads: Sequence[Head]) -> dict[int, np.ndarray]:
+        """Ask for confusion matrices."""
+        shape = len(heads), self.classes, self.classes
+
+        def read(site: int, content: RecordDict) -> np.ndarray:
+            counts = read_tensors(content, "counts").get("confusions")
+            if counts is None or counts.shape != shape:
+                raise ValueError("its confusion matrices have another size")
+            if (counts < 0).any():
+                raise ValueError("its confusion matrices count below zero")
+            return np.asarray(counts.numpy())
+
+        tensors = dict.fromkeys(self.numbers, write_heads(heads))
+        return self.asking.ask("score", read, self.config, tensors)
+
+
+def nothing(size: int, classes: int) -> Sums:
+    """Give the sums of no images."""
+    counts = np.zeros(classes, dtype=np.int64)
+    return Sums(counts, np.zeros((size, classes)), np.zeros((size, size)))
