@@ -178,7 +178,8 @@ def test_the_four_commands_give_the_numbers_of_the_simulation(place):
             assert client["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
 
     evaluate = [f"run={run}", f"cache_dir={place.folder}/cache", "seeds=1", "epochs=1"]
-    status, output = place.run(sys.executable, "test.py", *evaluate, "eval=federated")
+    evaluate += ["eval=federated", "precision=float32"]
+    status, output = place.run(sys.executable, "test.py", *evaluate)
     assert status == 0, output
     at_nodes, in_one_process = json.loads((run / "results.json").read_text())
     for ours, theirs in zip(at_nodes["rows"], in_one_process["rows"], strict=False):

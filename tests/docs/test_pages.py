@@ -75,7 +75,8 @@ def test_a_command_of_a_federation_is_valid(words):
             check(value.replace(' data-path="/data/images"', ""))
     if program == "flower-server-app" and len(arguments) > 1:
         assert arguments[0] == "app:server"
-        load_config("config", [a for a in arguments[1:] if re.match(r"[\w.]+=", a)])
+        overrides = [a for a in arguments[1:] if re.match(r"[\w.]+=", a)]
+        load_config("config", overrides, federated=True)
     if program == "flower-client-app" and arguments:
         assert arguments[0] in ("app:client", "app:client1", "app:client2")
 
