@@ -8,9 +8,9 @@ from flwr.clientapp.mod import LocalDpMod, adaptiveclipping_mod, fixedclipping_m
 from flwr.supercore.differential_privacy import KEY_CLIPPING_NORM, KEY_NORM_BIT
 from serving import NUM_CLIENTS, Server, make_moving, make_small
 
-from client import LOCAL
 from fedssl.federation.aggregation import arrays_for_strategy
 from fedssl.federation.guards import validate_replies
+from fedssl.federation.keeping import KEPT
 from fedssl.federation.messages import pack_tensors, read_state
 from fedssl.methods.base import local_arrays
 from fedssl.networks.state import load_state
@@ -169,7 +169,7 @@ def moving(serve):
 
 
 def kept(server, node):
-    record = server.grid.contexts[node].state.array_records.get(LOCAL)
+    record = server.grid.contexts[node].state.array_records.get(KEPT)
     return record and dict(record.to_torch_state_dict())
 
 

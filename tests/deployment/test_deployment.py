@@ -144,7 +144,7 @@ def place(tmp_path):
 
 
 def test_the_four_commands_give_the_numbers_of_the_simulation(place):
-    rounds = ["num_rounds=2", "num_clients=2"]
+    rounds = ["num_rounds=1", "num_clients=2"]
     place.superlink()
     place.client(1)
     place.client(2)

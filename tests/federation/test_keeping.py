@@ -27,7 +27,6 @@ from utils import build_federation, build_patience
 KINDS = (
     ["method=moco", "method.queue_size=64"],
     ["method=byol", "receive=fedema"],
-    ["method=simsiam", "receive=fedu", "receive.threshold=0"],
 )
 
 

@@ -1,0 +1,157 @@
+"""Compare heads from sums with those of all features in one place, however images are dealt out.
+
+    python -m benchmarks.accuracy.sites --run outputs/latest --out results/sites_digits.json
+
+For each way to deal the images of a run out, and each number of sites, the head from the
+sites' sums is compared with scikit-learn's ridge regression on all drawn features in one
+place, with the same decay: on how many test images they agree. Beside it stand the
+accuracies of both heads of `eval=federated` and of the linear head with all labels in one
+place, for three draws of labels.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+from sklearn.linear_model import Ridge
+from sklearn.preprocessing import StandardScaler
+
+from fedssl.compute import choose_backend
+from fedssl.config.compose import load_config
+from fedssl.data.image_set import ImageSet
+from fedssl.data.partitions import partition_rows
+from fedssl.errors import UserError
+from fedssl.evaluation.base import EvaluationData
+from fedssl.evaluation.linear import train_linear_head
+from fedssl.runs.directory import RunDirectory
+from fedssl.runs.provenance import provenance
+from fedssl.runs.results import Score
+from fedssl.sites.evaluation import FederatedEvaluation
+from fedssl.sites.heads import fit_from_sums, score, train_by_rounds
+from fedssl.sites.site import HeadSettings, LocalSites, Site
+from fedssl.sites.sums import DECAYS, Head
+from utils import load_trained, open_evaluation, open_images, plain
+
+DEALT = {
+    "IID": ["partition=iid"],
+    "Dirichlet 0.1": ["partition=dirichlet", "partition.alpha=0.1"],
+    "two classes each": ["partition=pathological", "partition.classes_per_client=2"],
+}
+COUNTS = (5, 100)
+
+
+def deal(image_set: ImageSet, count: int, overrides: Sequence[str], seed: int) -> list[np.ndarray]:
+    """Deal the training images out to sites."""
+    spec = plain(load_config("config", list(overrides)).partition)
+    if "classes_per_client" in spec:  # its groups are as many as there are classes to group
+        classes = len(image_set.class_names)
+        groups = deal_groups(image_set, count, spec["classes_per_client"], seed)
+        return (
+            groups
+            if count > classes // spec["classes_per_client"]
+            else partition_rows(image_set.train, count, spec, seed)
+        )
+    return partition_rows(image_set.train, count, spec, seed)
+
+
+def deal_groups(image_set: ImageSet, count: int, classes: int, seed: int) -> list[np.ndarray]:
+    """Give each site images of some classes, where there are more sites than groups."""
+    labels = image_set.train.labels
+    if labels is None:
+        raise UserError("these images have no labels")
+    random = np.random.default_rng(seed)
+    order = random.permutation(len(image_set.class_names))
+    groups = np.array_split(order, len(order) // classes)
+    parts = []
+    for place, group in enumerate(groups):
+        rows = random.permutation(np.flatnonzero(np.isin(labels, group)))
+        parts += np.array_split(rows, len(range(place, count, len(groups))))
+    return parts
+
+
+def in_one_place(sites: dict[int, Site], head: Head, test: np.ndarray) -> float:
+    """Tell on what share of the test images a ridge regression in one place agrees with a head.
+
+    Its decay is that of `DECAYS` whose scores come nearest.
+    """
+    features = np.concatenate([site.features for site in sites.values()]).astype(np.float64)
+    labels = np.concatenate([site.labels for site in sites.values()])
+    scaler = StandardScaler().fit(features)
+    inputs, queries = scaler.transform(features), scaler.transform(test.astype(np.float64))
+    targets = np.eye(head.weight.shape[1])[labels]
+    given = test @ head.weight + head.bias
+    scores = [
+        Ridge(alpha=decay * len(labels)).fit(inputs, targets).predict(queries) for decay in DECAYS
+    ]
+    nearest = min(scores, key=lambda each: float(np.abs(each - given).max()))
+    return float((nearest.argmax(axis=1) == given.argmax(axis=1)).mean())
+
+
+def compare(
+    evaluation: FederatedEvaluation, data: EvaluationData, features: np.ndarray, test: np.ndarray
+) -> dict[str, Any]:
+    """Compare the heads of each draw; give means and values."""
+    settings = HeadSettings(
+        evaluation.epochs, evaluation.batch_size, evaluation.learning_rate, evaluation.weight_decay
+    )
+    agree, rows = [], {"head from sums": [], "head by rounds": [], "linear head": []}
+    for seed in data.seeds:
+        draw = evaluation.draw(data, seed)
+        sites = evaluation.make_sites([features[drawn] for drawn in draw], draw, test, data)
+        asked = LocalSites(sites, seed)
+        standardized, head = fit_from_sums(asked, evaluation.folds)
+        agree.append(in_one_place(sites, head, test))
+        trained = train_by_rounds(asked, standardized, settings)
+        bank = np.concatenate([site.features for site in sites.values()])
+        labels = np.concatenate([site.labels for site in sites.values()])
+        predict = train_linear_head(bank, labels, data.num_classes, evaluation, seed)
+        for name, found in zip(rows, score(asked, [head, trained]), strict=False):
+            rows[name].append(found.top1)
+        rows["linear head"].append(data.top1(predict(test)))
+    scores = {name: Score("", name, values).to_json() for name, values in rows.items()}
+    told = {name: {k: row[k] for k in ("top1", "mean", "std")} for name, row in scores.items()}
+    return {"agreement": agree, **told}
+
+
+def measure(run: RunDirectory, config: DictConfig) -> Iterator[dict[str, Any]]:
+    """Give an entry for each way to deal the run's images out."""
+    image_set = open_images(config)
+    backend = choose_backend(config.precision)
+    method, round_number = load_trained(config, run.last_checkpoint(), backend.device)
+    evaluation, data = open_evaluation(config.eval, config, image_set, round_number, backend)
+    if not isinstance(evaluation, FederatedEvaluation):
+        raise UserError("eval: must be federated")
+    features = data.features(method.encoder, data.train.pixels)
+    test = data.features(method.encoder, data.test.pixels)
+    for name, overrides in DEALT.items():
+        for count in COUNTS:
+            parts = deal(image_set, count, overrides, config.seed)
+            dealt = EvaluationData(**{**vars(data), "partitions": parts})
+            entry = {"dealt": name, "sites": count, **compare(evaluation, dealt, features, test)}
+            print(json.dumps(entry), flush=True)
+            yield entry
+
+
+def main() -> None:
+    """Measure, and write everything with its provenance."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, required=True, help="directory of a run")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    run = RunDirectory(given.run.resolve())
+    config = run.load_config()
+    config.eval = load_config("config", ["eval=federated"]).eval
+    for key in ("learning_rate", "weight_decay"):
+        config.eval[key] = config.head[key]
+    entries = list(measure(run, config))
+    facts = {"command": "python -m benchmarks.accuracy.sites", "measured": provenance()}
+    facts |= {"run": plain(config), "round": len(run.read_metrics())}
+    given.out.write_text(json.dumps({**facts, "results": entries}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
