@@ -42,6 +42,7 @@ from fedssl.networks.encoder import Encoder, EncoderSettings, stem_for
 from fedssl.networks.state import load_state
 from fedssl.runs.checkpoints import Checkpoint, load_checkpoint
 from fedssl.runs.directory import RunDirectory
+from fedssl.runs.encoder_file import Classifier
 from fedssl.runs.metrics import RoundMetrics
 from fedssl.runs.resume import Continuation, check_same, reopen
 from fedssl.seeding import derive_seed, draw_seed
@@ -545,7 +546,25 @@ def evaluate_run(
         own_images=load_checkpoint(checkpoint).images == image_set.content,
     )
     run.add_result(result.to_json())
+    keep_classifier(run, config, method.encoder, result, image_set.class_names)
     return result
+
+
+def keep_classifier(
+    run: RunDirectory,
+    config: DictConfig,
+    encoder: Encoder,
+    result: "Result",
+    class_names: Sequence[str],
+) -> None:
+    """Write the first head of a result, if it has one, with its encoder into a file."""
+    if (head := result.rows[0].head) is None:
+        return
+    weight, bias = (torch.from_numpy(np.ascontiguousarray(array.T)) for array in head)
+    resolution = build_schedule(config).eval_resolution(result.round)
+    classifier = Classifier(weight, bias, class_names[: len(bias)])
+    name = name_of_images(config.dataset)
+    run.save_classifier(encoder, resolution, name, result.round, classifier)
 
 
 def evaluate_at_sites(
@@ -610,6 +629,7 @@ def evaluate_at_sites(
         measured=provenance(),
     )
     run.add_result(result.to_json())
+    keep_classifier(run, config, method.encoder, result, classes.names)
     return result
 
 

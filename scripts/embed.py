@@ -13,7 +13,8 @@ if __name__ == "__main__":
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -67,9 +68,23 @@ def prepare(settings: DictConfig) -> tuple[TrainedEncoder, Path, list[Path]]:
     Raises:
         UserError: the first thing that is wrong.
     """
+    root = open_folder(settings, "embed")
+    trained = load_encoder(find_encoder(settings.encoder, settings.run))
+    return trained, root, find_files(settings, root)
+
+
+def open_folder(settings: DictConfig, script: str) -> Path:
+    """Find the folder that was given, and make sure that the results can be written.
+
+    Args:
+        script: whose settings these are.
+
+    Raises:
+        UserError: no folder, or a file that can't be written.
+    """
     if settings.folder is None:
         raise UserError(
-            "no folder given; add the one with the images: python -m scripts.embed FOLDER"
+            f"no folder given; add the one with the images: python -m scripts.{script} FOLDER"
         )
     root = Path(os.path.expanduser(settings.folder))  # which leaves a user's that is not there
     if not root.is_dir():
@@ -77,13 +92,21 @@ def prepare(settings: DictConfig) -> tuple[TrainedEncoder, Path, list[Path]]:
     for key in ("out", "neighbours"):
         if settings[key] is not None:
             check_replaceable(key, settings[key])
-    trained = load_encoder(find_encoder(settings.encoder, settings.run))
+    return root
+
+
+def find_files(settings: DictConfig, root: Path) -> list[Path]:
+    """List the images of the folder.
+
+    Raises:
+        UserError: there are none.
+    """
     files = list_images(root)
     if not files:
         raise UserError(
             f"folder={settings.folder}: no image found (looked for {', '.join(ENDINGS)})"
         )
-    return trained, root, files
+    return files
 
 
 def find_labels(paths: Sequence[Path]) -> list[str | None] | None:
@@ -96,6 +119,40 @@ def find_labels(paths: Sequence[Path]) -> list[str | None] | None:
     return [name or None for name in names] if names else None
 
 
+@dataclass
+class Encoding:
+    """What became of the images of a folder: those that could be read, and the names of others."""
+
+    read: list[Path] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+
+
+def encode_files(
+    trained: TrainedEncoder, files: Sequence[Path], batch_size: int, precision: str, done: Encoding
+) -> Iterator[tuple[list[Path], np.ndarray]]:
+    """Encode images, a batch at a time, with a bar in terminals.
+
+    Args:
+        done: told of every image.
+
+    Yields:
+        The files of a batch that could be read, and their features, float32 (N, D).
+    """
+    backend = choose_backend(precision)
+    encoder = trained.encoder.to(backend.device)
+    with show_progress() as progress:
+        task = progress.add_task("encoding", total=len(files))
+        for batch in decode_batches(encoded(files), trained.image_size, batch_size):
+            good = [(image.data, decoded.pixels) for image, decoded in batch if decoded]
+            done.unreadable += [image.name for image, decoded in batch if decoded is None]
+            if good:
+                names, pixels = zip(*good, strict=True)
+                done.read += names
+                given = np.stack(pixels), backend, batch_size, trained.image_size
+                yield list(names), extract_features(encoder, *given)
+            progress.advance(task, len(batch))
+
+
 def write_features(
     file: Path,
     trained: TrainedEncoder,
@@ -103,45 +160,26 @@ def write_features(
     files: Sequence[Path],
     batch_size: int,
     precision: str,
-) -> tuple[list[Path], list[str]]:
+) -> Encoding:
     """Write the features of images below a root to Parquet, a batch at a time.
 
     Columns: `path` below the root, `features` (as many float32 for each), and
     `label` where there are class folders. The schema's metadata is the encoder's.
-
-    Returns:
-        The files that could be read, and the names of the others.
     """
-    backend = choose_backend(precision)
-    encoder = trained.encoder.to(backend.device)
     paths = [path.relative_to(root) for path in files]
     labels = dict(zip(files, find_labels(paths) or [], strict=False))
-    schema = make_schema(trained, labelled=bool(labels))
-    read, unreadable = [], []
-    with (
-        pq.ParquetWriter(file, schema) as writer,
-        show_progress() as progress,
-    ):
-        task = progress.add_task("embedding", total=len(files))
-        for batch in decode_batches(encoded(files), trained.image_size, batch_size):
-            good = [(image.data, decoded.pixels) for image, decoded in batch if decoded]
-            unreadable += [image.name for image, decoded in batch if decoded is None]
-            if good:
-                names, pixels = zip(*good, strict=True)
-                features = extract_features(
-                    encoder, np.stack(pixels), backend, batch_size, trained.image_size
-                )
-                columns = {
-                    "path": [show_path(name.relative_to(root)) for name in names],
-                    "label": [labels.get(name) for name in names],
-                    "features": pa.FixedSizeListArray.from_arrays(
-                        features.reshape(-1), features.shape[1]
-                    ),
-                }
-                writer.write_batch(pa.record_batch([columns[n] for n in schema.names], schema))
-                read += names
-            progress.advance(task, len(batch))
-    return read, unreadable
+    schema, done = make_schema(trained, labelled=bool(labels)), Encoding()
+    with pq.ParquetWriter(file, schema) as writer:
+        for names, features in encode_files(trained, files, batch_size, precision, done):
+            columns = {
+                "path": [show_path(name.relative_to(root)) for name in names],
+                "label": [labels.get(name) for name in names],
+                "features": pa.FixedSizeListArray.from_arrays(
+                    features.reshape(-1), features.shape[1]
+                ),
+            }
+            writer.write_batch(pa.record_batch([columns[n] for n in schema.names], schema))
+    return done
 
 
 def show_progress() -> Progress:
@@ -172,14 +210,42 @@ class DecodedOnDemand:
         return pixels
 
 
-def picture_neighbours(file: Path, out: Path, images: list[Path], image_size: int) -> None:
-    """Draw some images and those most similar to each, by the features just written."""
-    table = pq.read_table(out)
-    column = table["features"].combine_chunks()
-    features = column.values.to_numpy().reshape(len(images), -1)
-    names = table["label"].to_pylist() if "label" in table.column_names else None
+def picture_neighbours(
+    file: Path,
+    features: np.ndarray,
+    images: list[Path],
+    image_size: int,
+    names: Sequence[str] | None,
+) -> None:
+    """Draw some images and those most similar to each.
+
+    Args:
+        features: float32 (N, D), of the images.
+        names: below each image.
+    """
     queries = np.linspace(0, len(images) - 1, min(QUERIES, len(images))).round().astype(np.int64)
     draw_neighbours(DecodedOnDemand(images, image_size), features, file, queries.tolist(), names)
+
+
+def read_features(file: Path) -> tuple[np.ndarray, list[str] | None]:
+    """Read what `write_features` wrote: features (N, D), and labels where there are any."""
+    table = pq.read_table(file)
+    features = table["features"].combine_chunks().values.to_numpy().reshape(len(table), -1)
+    return features, table["label"].to_pylist() if "label" in table.column_names else None
+
+
+def tell_unreadable(done: Encoding, root: Path) -> list[Path]:
+    """Say which files were left out; give the others.
+
+    Raises:
+        UserError: there are no others.
+    """
+    count = len(done.read) + len(done.unreadable)
+    if not done.read:
+        raise UserError(f"folder={root}: none of the {count} images can be read")
+    if names := done.unreadable:
+        print(f"{len(names)} unreadable files left out: {name_some(names)}")
+    return done.read
 
 
 def embed(settings: DictConfig) -> None:
@@ -189,17 +255,15 @@ def embed(settings: DictConfig) -> None:
     out = Path(settings.out).expanduser()
     try:
         with replacing(out) as temporary:
-            read, unreadable = write_features(
+            done = write_features(
                 temporary, trained, root, files, settings.batch_size, settings.precision
             )
-            if not read:
-                raise UserError(f"folder={root}: none of the {len(files)} images can be read")
-        if unreadable:
-            print(f"{len(unreadable)} unreadable files left out: {name_some(unreadable)}")
+            read = tell_unreadable(done, root)
         print(f"{out}: {len(read):,} images, {trained.encoder.feature_size} features each")
         if settings.neighbours and len(read) > 1:
             picture = Path(settings.neighbours).expanduser()
-            picture_neighbours(picture, out, read, trained.image_size)
+            features, labels = read_features(out)
+            picture_neighbours(picture, features, read, trained.image_size, labels)
             print(f"{picture}: some of them, and those most similar to each")
     except OSError as error:
         raise RuntimeError(f"can't go on: {error}") from error

@@ -115,12 +115,28 @@ class EmbedSettings(Section):
     precision: Precision = PRECISION
 
 
+class PredictSettings(Section):
+    """What `python -m scripts.predict` has."""
+
+    folder: str | None = Field(default=None, description="of images, at any depth")
+    out: str = Field(default="predictions.csv", description="where class and probability go")
+    run: str = Field(default=RUN, description="directory of a run with a classifier.safetensors")
+    classifier: str | None = Field(default=None, description="or one classifier.safetensors")
+    neighbours: str | None = Field(
+        default=None, description="a PNG file, for some images and those most similar to each"
+    )
+    batch_size: int = Field(default=256, ge=1, description="images encoded at once")
+    precision: Precision = PRECISION
+
+
 class ExportSettings(Section):
     """What `python -m scripts.export` has."""
 
     out: str = Field(default="encoder.onnx", description="where the network goes")
     run: str = Field(default=RUN, description="directory of a run that has ended")
-    encoder: str | None = Field(default=None, description="or one encoder.safetensors")
+    encoder: str | None = Field(
+        default=None, description="or one encoder.safetensors or classifier.safetensors"
+    )
 
 
 class ReportSettings(Section):
@@ -250,6 +266,7 @@ PROGRAMS = {
     ),
     "embed": Program(EmbedSettings),
     "export": Program(ExportSettings),
+    "predict": Program(PredictSettings),
     "report": Program(ReportSettings, at_top="figures"),
 }
 

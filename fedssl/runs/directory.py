@@ -19,7 +19,7 @@ from fedssl.errors import UserError
 from fedssl.files import write_atomically
 from fedssl.networks.encoder import Encoder
 from fedssl.runs.checkpoints import list_checkpoints
-from fedssl.runs.encoder_file import ENCODER_FILE, pack_encoder
+from fedssl.runs.encoder_file import CLASSIFIER_FILE, ENCODER_FILE, Classifier, pack_encoder
 from fedssl.runs.metrics import RoundMetrics
 
 try:
@@ -195,6 +195,18 @@ class RunDirectory:
         write_atomically(
             self.path / ENCODER_FILE, pack_encoder(encoder, image_size, dataset, rounds)
         )
+
+    def save_classifier(
+        self,
+        encoder: Encoder,
+        image_size: int,
+        dataset: str,
+        rounds: int,
+        classifier: Classifier,
+    ) -> None:
+        """Write the encoder with a classifier on it; see `pack_encoder`."""
+        data = pack_encoder(encoder, image_size, dataset, rounds, classifier)
+        write_atomically(self.path / CLASSIFIER_FILE, data)
 
     def add_result(self, result: Mapping[str, Any]) -> None:
         """Append an evaluation to results.json, which keeps them all."""

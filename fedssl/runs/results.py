@@ -1,7 +1,7 @@
 """What an evaluation leaves in results.json: scores, and all that decided them."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ class Score:
         top1: values, from 0 to 1; those of the metric if it is another one.
         encoder_sha256: of a frozen encoder, before and after.
         sites: for each draw what the sites of a federation tell beside it.
+        head: weight (D, C) and bias (C,) of the first draw's linear head, where one can be
+            used; results.json does not hold it.
     """
 
     encoder: str
@@ -30,6 +32,7 @@ class Score:
     metric: str = TOP1
     encoder_sha256: str | None = None
     sites: list[dict[str, Any]] | None = None
+    head: tuple[np.ndarray, np.ndarray] | None = field(default=None, compare=False, repr=False)
 
     @property
     def mean(self) -> float:

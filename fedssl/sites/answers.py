@@ -3,7 +3,7 @@
 The first step, "classes", tells the names of the classes and how many images have one. The
 second, "features", brings the encoder; the features that it gives stay in Flower's
 `context.state` for the steps that follow, which need no encoder any more: "sums",
-"correct", "train" and "score", see `Site`.
+"judge", "train" and "test", see `Site`.
 """
 
 import json
@@ -74,10 +74,18 @@ def answer_labels(
     if step == "sums":
         return _reply(here, {name: torch.from_numpy(v) for name, v in here.sums().pack().items()})
     heads = read_heads(message.content)
-    if step == "correct":
-        return _reply(here, {"correct": torch.from_numpy(here.count_correct(heads))})
-    if step == "score":
-        return _reply(here, {"confusions": torch.from_numpy(here.confusions(heads))})
+    if step == "judge":
+        judged = here.judge(heads)
+        return _reply(here, _tensors(correct=[judged.correct], surprise=[judged.surprise]))
+    if step == "test":
+        tested = here.test(heads)
+        return _reply(
+            here,
+            _tensors(
+                confusion=[each.confusion for each in tested],
+                reliability=[each.reliability for each in tested],
+            ),
+        )
     if step != "train":
         raise ValueError(f"step={step}: unknown to this version")
     given = read_tensors(message.content, "head")
@@ -174,6 +182,11 @@ def _site_of(context: Context, draw: int) -> Site:
     return Site.of(*given, int(classes), int(least))
 
 
+def _tensors(**arrays: Sequence[np.ndarray]) -> dict[str, Tensor]:
+    """Stack arrays of one shape under each name."""
+    return {name: torch.from_numpy(np.stack(each)) for name, each in arrays.items()}
+
+
 def _reply(site: Site, tensors: Mapping[str, Tensor]) -> RecordDict:
     metrics = MetricRecord({"num-examples": len(site.labels)})
     return RecordDict({METRICS: metrics, **write_tensors(tensors)})
@@ -181,8 +194,7 @@ def _reply(site: Site, tensors: Mapping[str, Tensor]) -> RecordDict:
 
 def write_heads(heads: Sequence[Head]) -> dict[str, Tensor]:
     """Stack heads for a message: weights (heads, D, C) and biases (heads, C)."""
-    weights, biases = (np.stack([getattr(h, name) for h in heads]) for name in (WEIGHT, BIAS))
-    return {WEIGHT: torch.from_numpy(weights), BIAS: torch.from_numpy(biases)}
+    return _tensors(weight=[head.weight for head in heads], bias=[head.bias for head in heads])
 
 
 def read_heads(content: RecordDict) -> list[Head]:

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from fedssl.runs.results import Score
-from fedssl.sites.site import HeadSettings, Sites, group_sites
+from fedssl.sites.site import Counts, HeadSettings, Sites, group_sites
 from fedssl.sites.sums import (
     DECAYS,
     Head,
+    Judgement,
     Standardized,
     Sums,
-    choose_decay,
     choose_decay_alone,
 )
 
@@ -22,37 +22,45 @@ FROM_SUMS, BY_ROUNDS = "head from sums", "head by rounds"
 
 @dataclass(frozen=True)
 class SiteScores:
-    """How well a head does on the test images of all sites.
+    """A head, and how well it does on the test images of all sites.
 
     Attributes:
-        confusions: of each site, int64 (C, C): class by predicted class.
+        sites: what each counted, by its number.
     """
 
-    confusions: Mapping[int, np.ndarray]
+    head: Head
+    sites: Mapping[int, Counts]
+
+    @property
+    def total(self) -> Counts:
+        """The counts of all sites together."""
+        first, *others = self.sites.values()
+        return sum(others, first)
 
     @property
     def top1(self) -> float:
         """The share of all test images that are classified correctly."""
-        return share_correct(self.total)
-
-    @property
-    def total(self) -> np.ndarray:
-        """The confusion matrix of all sites together."""
-        return np.sum(list(self.confusions.values()), axis=0)
+        return share_correct(self.total.confusion)
 
     def to_json(self) -> dict[str, Any]:
-        """Give what is recorded: by class, by site, and their spread."""
-        total = self.total
+        """Give what is recorded: by class, by site, their spread, and the calibration error.
+
+        The last is the mean distance between confidence and share of right answers, over bins
+        of confidence, each with the weight of its images (https://arxiv.org/abs/1706.04599).
+        """
+        total, reliability = self.total.confusion, self.total.reliability
         seen = total.sum(axis=1) > 0
         by_class = np.diag(total)[seen] / total.sum(axis=1)[seen]
-        tested = {site: each for site, each in self.confusions.items() if each.sum()}
-        by_site = {site: share_correct(each) for site, each in tested.items()}
+        tested = {site: each.confusion for site, each in self.sites.items()}
+        by_site = {site: share_correct(each) for site, each in tested.items() if each.sum()}
         values = list(by_site.values())
+        apart = np.abs(reliability[:, 1] - reliability[:, 2]).sum()
         return {
             "balanced": float(by_class.mean()),
             "by_class": dict(zip(np.flatnonzero(seen).tolist(), by_class.tolist(), strict=True)),
             "by_site": by_site,
             "spread_over_sites": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+            "calibration_error": float(apart / reliability[:, 0].sum()),
             "confusion": total.tolist(),
         }
 
@@ -76,15 +84,21 @@ def to_score(name: str, what: str, draws: Sequence[SiteScores], digest: str) -> 
         draws: the scores of each draw of labels.
     """
     values, told = [each.top1 for each in draws], [each.to_json() for each in draws]
-    return Score(name, what, values, encoder_sha256=digest, sites=told)
+    head = draws[0].head
+    return Score(
+        name, what, values, encoder_sha256=digest, sites=told, head=(head.weight, head.bias)
+    )
 
 
 def fit_from_sums(sites: Sites, folds: int) -> tuple[Standardized, Head]:
     """Fit the head on the sums of all sites, with the decay that folds of sites choose.
 
-    A fold's sites count what heads from the other sites' sums classify correctly. Where
+    A fold's sites judge heads from the other sites' sums: how many labelled images they
+    classify correctly, which chooses the decay, and by which temperature their softmax is
+    least surprised, which makes scores probabilities (https://arxiv.org/abs/1706.04599). Where
     sites can't stand in for each other, one alone or classes that only one fold has,
-    generalized cross-validation chooses, which needs nothing but the sums.
+    generalized cross-validation chooses the decay, which needs nothing but the sums, and the
+    temperature is that of the labelled images themselves.
 
     Raises:
         ValueError: no site has labelled images.
@@ -97,14 +111,29 @@ def fit_from_sums(sites: Sites, folds: int) -> tuple[Standardized, Head]:
     groups = group_sites({number: each.images for number, each in sums.items()}, folds)
     parts = [add([sums[number] for number in group]) for group in groups]
     if not can_stand_in(parts):
-        return standardized, standardized.solve(choose_decay_alone(standardized))
+        head = standardized.solve(choose_decay_alone(standardized))
+        judged = sites.judge({number: [head] for number, each in sums.items() if each.images})
+        return standardized, head.sharpened(gather(judged).temperature(0))
     heads: dict[int, list[Head]] = {}
     for group, part in zip(groups, parts, strict=True):
         others = Standardized.of(total.without(part))
         solved = [others.solve(decay) for decay in DECAYS]
         heads |= dict.fromkeys(group, solved)
-    correct = np.sum(list(sites.count_correct(heads).values()), axis=0)
-    return standardized, standardized.solve(choose_decay(correct))
+    judgement = gather(sites.judge(heads))
+    best = judgement.best()
+    return standardized, standardized.solve(DECAYS[best]).sharpened(judgement.temperature(best))
+
+
+def gather(judged: Mapping[int, Judgement]) -> Judgement:
+    """Add up what sites say.
+
+    Raises:
+        ValueError: no site says anything.
+    """
+    if not judged:
+        raise ValueError("no site has judged a head")
+    first, *others = judged.values()
+    return sum(others, first)
 
 
 def can_stand_in(parts: Sequence[Sums]) -> bool:
@@ -150,12 +179,12 @@ def score(sites: Sites, heads: Sequence[Head]) -> list[SiteScores]:
     Raises:
         ValueError: no site has test images.
     """
-    told = sites.confusions(heads)
-    if not any(each.sum() for each in told.values()):
+    told = sites.test(heads)
+    if not any(tested.confusion.sum() for each in told.values() for tested in each):
         raise ValueError("no site has labelled test images")
     return [
-        SiteScores({site: each[place] for site, each in told.items()})
-        for place in range(len(heads))
+        SiteScores(head, {site: each[place] for site, each in told.items()})
+        for place, head in enumerate(heads)
     ]
 
 

@@ -22,8 +22,8 @@ from fedssl.sites.answers import (
     read_heads,
     write_heads,
 )
-from fedssl.sites.site import HeadSettings, Sites, Trained
-from fedssl.sites.sums import Head, Sums, unpack_sums
+from fedssl.sites.site import Counts, HeadSettings, Sites, Trained
+from fedssl.sites.sums import BINS, TEMPERATURES, Head, Judgement, Sums, unpack_sums
 
 Read = TypeVar("Read")
 ConfigValue = str | int | float
@@ -208,19 +208,19 @@ class RemoteSites(Sites):
         self.numbers = sorted(found)  # who lied here is not asked again
         return found
 
-    def count_correct(self, heads: Mapping[int, Sequence[Head]]) -> dict[int, np.ndarray]:
-        """Ask for counts; none can be more than the site's images."""
+    def judge(self, heads: Mapping[int, Sequence[Head]]) -> dict[int, Judgement]:
+        """Ask for judgements; no more images can be right than a site has."""
 
-        def read(site: int, content: RecordDict) -> np.ndarray:
-            counts = read_tensors(content, "counts").get("correct")
-            if counts is None or counts.shape != (len(heads[site]),):
-                raise ValueError("it does not count for each head")
-            if (counts < 0).any() or (counts > self.images[site]).any():
+        def read(site: int, content: RecordDict) -> Judgement:
+            shapes: dict[str, tuple[int, ...]] = {"correct": (1, len(heads[site]))}
+            shapes["surprise"] = (*shapes["correct"], len(TEMPERATURES))
+            told = read_arrays(content, shapes)
+            if (told["correct"] > self.images[site]).any():
                 raise ValueError("it counts more correct images than it has")
-            return np.asarray(counts.numpy())
+            return Judgement(told["correct"][0], told["surprise"][0])
 
         tensors = {site: write_heads(given) for site, given in heads.items()}
-        return self.asking.ask("correct", read, self.config, tensors)
+        return self.asking.ask("judge", read, self.config, tensors)
 
     def train(
         self, head: Head, mean: np.ndarray, scale: np.ndarray, settings: HeadSettings, epoch: int
@@ -247,20 +247,37 @@ class RemoteSites(Sites):
         filled = [site for site in self.numbers if self.images[site]]
         return self.asking.ask("train", read, config, dict.fromkeys(filled, given))
 
-    def confusions(self, heads: Sequence[Head]) -> dict[int, np.ndarray]:
-        """Ask for confusion matrices."""
-        shape = len(heads), self.classes, self.classes
+    def test(self, heads: Sequence[Head]) -> dict[int, list[Counts]]:
+        """Ask for counts over the test images."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "confusion": (len(heads), self.classes, self.classes),
+            "reliability": (len(heads), BINS, 3),
+        }
 
-        def read(site: int, content: RecordDict) -> np.ndarray:
-            counts = read_tensors(content, "counts").get("confusions")
-            if counts is None or counts.shape != shape:
-                raise ValueError("its confusion matrices have another size")
-            if (counts < 0).any():
-                raise ValueError("its confusion matrices count below zero")
-            return np.asarray(counts.numpy())
+        def read(site: int, content: RecordDict) -> list[Counts]:
+            told = read_arrays(content, shapes)
+            return list(map(Counts, told["confusion"], told["reliability"]))
 
         tensors = dict.fromkeys(self.numbers, write_heads(heads))
-        return self.asking.ask("score", read, self.config, tensors)
+        return self.asking.ask("test", read, self.config, tensors)
+
+
+def read_arrays(
+    content: RecordDict, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, np.ndarray]:
+    """Read arrays of numbers that can't be below zero.
+
+    Raises:
+        ValueError: one is missing, of another shape, not finite, or below zero.
+    """
+    told = read_tensors(content, "counts")
+    for name, shape in shapes.items():
+        value = told.get(name)
+        if value is None or value.shape != shape:
+            raise ValueError(f"{name} has no shape {shape}")
+        if not bool(value.isfinite().all()) or bool((value < 0).any()):
+            raise ValueError(f"{name} holds numbers that can't be")
+    return {name: told[name].numpy() for name in shapes}
 
 
 def nothing(size: int, classes: int) -> Sums:

@@ -16,7 +16,7 @@ from torch import Generator
 
 from fedssl.data.sources.base import NO_LABEL
 from fedssl.seeding import derive_seed, generator_for
-from fedssl.sites.sums import Head, Sums, add_up, leave_out_rare
+from fedssl.sites.sums import BINS, Head, Judgement, Sums, add_up, leave_out_rare
 
 
 @dataclass(frozen=True)
@@ -83,16 +83,16 @@ class Site:
         """Add up the labelled features."""
         return add_up(self.features, self.labels, self.num_classes)
 
-    def count_correct(self, heads: Sequence[Head]) -> np.ndarray:
-        """Count the labelled images that each head classifies correctly, int64 (heads,)."""
-        return np.array([(h.predict(self.features) == self.labels).sum() for h in heads])
+    def judge(self, heads: Sequence[Head]) -> Judgement:
+        """Judge heads by the labelled images."""
+        return Judgement.of(heads, self.features, self.labels)
 
-    def confusions(self, heads: Sequence[Head]) -> np.ndarray:
-        """Count the test images by class and predicted class of each head, int64 (heads, C, C)."""
-        counts = np.zeros((len(heads), self.num_classes, self.num_classes), dtype=np.int64)
-        for each, head in zip(counts, heads if len(self.test_labels) else (), strict=False):
-            np.add.at(each, (self.test_labels, head.predict(self.test_features)), 1)
-        return counts
+    def test(self, heads: Sequence[Head]) -> list["Counts"]:
+        """Count what each head makes of the test images."""
+        return [
+            Counts.of(head, self.test_features, self.test_labels, self.num_classes)
+            for head in heads
+        ]
 
     def train(
         self,
@@ -124,6 +124,37 @@ class Site:
         return Head(weight.detach().numpy(), bias.detach().numpy())
 
 
+@dataclass(frozen=True)
+class Counts:
+    """What a head makes of test images, in counts.
+
+    Attributes:
+        confusion: images by class and by predicted class, int64 (C, C).
+        reliability: by confidence, the probability of the predicted class, in `BINS` equal
+            steps: images, the sum of their confidence, and how many are right, float64 (BINS, 3).
+    """
+
+    confusion: np.ndarray
+    reliability: np.ndarray
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(self.confusion + other.confusion, self.reliability + other.reliability)
+
+    @classmethod
+    def of(cls, head: Head, features: np.ndarray, labels: np.ndarray, classes: int) -> "Counts":
+        """Count over test images, (M, D) and (M,), M may be 0."""
+        confusion, reliability = np.zeros((classes, classes), np.int64), np.zeros((BINS, 3))
+        if len(labels):
+            chances = head.probabilities(features)
+            predicted, confidence = chances.argmax(axis=1), chances.max(axis=1)
+            np.add.at(confusion, (labels, predicted), 1)
+            bins = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+            right = predicted == labels
+            told = np.stack([np.ones(len(labels)), confidence, right], axis=1)
+            np.add.at(reliability, bins, told)
+        return cls(confusion, reliability)
+
+
 class Trained(NamedTuple):
     """A head that a site trained, and the number of its labelled images."""
 
@@ -142,8 +173,8 @@ class Sites(ABC):
         """Ask for the sums over the labelled images."""
 
     @abstractmethod
-    def count_correct(self, heads: Mapping[int, Sequence[Head]]) -> dict[int, np.ndarray]:
-        """Ask sites how many labelled images each of their heads classifies correctly."""
+    def judge(self, heads: Mapping[int, Sequence[Head]]) -> dict[int, Judgement]:
+        """Ask sites what their labelled images say of some heads each."""
 
     @abstractmethod
     def train(
@@ -152,8 +183,8 @@ class Sites(ABC):
         """Ask the sites with labelled images to train a head, see `Site.train`."""
 
     @abstractmethod
-    def confusions(self, heads: Sequence[Head]) -> dict[int, np.ndarray]:
-        """Ask for the test images by class and predicted class, int64 (heads, C, C)."""
+    def test(self, heads: Sequence[Head]) -> dict[int, list[Counts]]:
+        """Ask what each head makes of the test images."""
 
 
 class LocalSites(Sites):
@@ -171,9 +202,9 @@ class LocalSites(Sites):
         """Add up at each site."""
         return {number: site.sums() for number, site in self.sites.items()}
 
-    def count_correct(self, heads: Mapping[int, Sequence[Head]]) -> dict[int, np.ndarray]:
-        """Count at each site."""
-        return {number: self.sites[number].count_correct(given) for number, given in heads.items()}
+    def judge(self, heads: Mapping[int, Sequence[Head]]) -> dict[int, Judgement]:
+        """Judge at each site."""
+        return {number: self.sites[number].judge(given) for number, given in heads.items()}
 
     def train(
         self, head: Head, mean: np.ndarray, scale: np.ndarray, settings: HeadSettings, epoch: int
@@ -188,9 +219,9 @@ class LocalSites(Sites):
             if len(site.labels)
         }
 
-    def confusions(self, heads: Sequence[Head]) -> dict[int, np.ndarray]:
-        """Count at each site."""
-        return {number: site.confusions(heads) for number, site in self.sites.items()}
+    def test(self, heads: Sequence[Head]) -> dict[int, list[Counts]]:
+        """Test at each site."""
+        return {number: site.test(heads) for number, site in self.sites.items()}
 
 
 def head_generator(seed: int, epoch: int, site: int) -> Generator:

@@ -10,8 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 DECAYS = tuple(float(f"{decay:g}") for decay in np.logspace(0, -6, 13))
+TEMPERATURES = (0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.3, 0.5, 1.0)  # of a ridge's scores
+BINS = 10  # of confidence, for the reliability
 ROUNDING = 1e-6  # share of the largest eigenvalue by which the smallest may lie below 0
 
 
@@ -59,9 +63,24 @@ class Head:
     weight: np.ndarray
     bias: np.ndarray
 
+    def scores(self, features: np.ndarray) -> np.ndarray:
+        """Give the scores (N, C) of features (N, D)."""
+        return np.asarray(features @ self.weight + self.bias)
+
     def predict(self, features: np.ndarray) -> np.ndarray:
         """Classify features (N, D): classes, int64 (N,)."""
-        return np.argmax(features @ self.weight + self.bias, axis=1)
+        return np.argmax(self.scores(features), axis=1)
+
+    def probabilities(self, features: np.ndarray) -> np.ndarray:
+        """Give the softmax of the scores (N, C) of features (N, D)."""
+        return torch.from_numpy(self.scores(features)).double().softmax(dim=1).numpy()
+
+    def sharpened(self, temperature: float) -> "Head":
+        """Divide the scores by a temperature, which changes no class, only probabilities."""
+        return Head(
+            (self.weight / temperature).astype(np.float32),
+            (self.bias / temperature).astype(np.float32),
+        )
 
 
 def add_up(features: np.ndarray, labels: np.ndarray, num_classes: int) -> Sums:
@@ -192,14 +211,46 @@ class Standardized:
         return self.images * (total - float(explained)) / max(free, 1e-9) ** 2
 
 
-def choose_decay(correct: np.ndarray, decays: Sequence[float] = DECAYS) -> float:
-    """Choose the decay that classifies most held-out images; of equals the largest.
+@dataclass(frozen=True)
+class Judgement:
+    """What labelled images say of several heads.
 
-    Args:
-        correct: images that the sites classified correctly with each decay, (decays,).
+    Attributes:
+        correct: images that each classifies correctly, int64 (heads,).
+        surprise: the sum over images of -log of the softmax of the scores, divided by each of
+            `TEMPERATURES`, at the true class, in nats, float64 (heads, temperatures).
     """
-    order = np.argsort(decays)[::-1]
-    return float(decays[order[np.argmax(correct[order])]])
+
+    correct: np.ndarray
+    surprise: np.ndarray
+
+    def __add__(self, other: "Judgement") -> "Judgement":
+        return Judgement(self.correct + other.correct, self.surprise + other.surprise)
+
+    @classmethod
+    def of(cls, heads: Sequence[Head], features: np.ndarray, labels: np.ndarray) -> "Judgement":
+        """Judge heads by labelled features (N, D)."""
+        correct, surprise = [], []
+        for head in heads:
+            scores = torch.from_numpy(head.scores(features)).double()
+            truth = torch.from_numpy(labels)
+            correct.append(int((scores.argmax(dim=1) == truth).sum()))
+            surprise.append(
+                [
+                    float(F.cross_entropy(scores / temperature, truth, reduction="sum"))
+                    for temperature in TEMPERATURES
+                ]
+            )
+        return cls(np.array(correct, dtype=np.int64), np.array(surprise))
+
+    def best(self, decays: Sequence[float] = DECAYS) -> int:
+        """Choose the head that classifies most images correctly; of equals that of most decay."""
+        order = np.argsort(decays)[::-1]
+        return int(order[np.argmax(self.correct[order])])
+
+    def temperature(self, head: int) -> float:
+        """Choose the temperature by which the images are least surprising to a head."""
+        return float(TEMPERATURES[int(np.argmin(self.surprise[head]))])
 
 
 def choose_decay_alone(standardized: Standardized, decays: Sequence[float] = DECAYS) -> float:

@@ -117,7 +117,7 @@ def test_a_node_refuses_the_runs_configuration(tmp_path, attack):
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("program", ["config", "test", "embed", "export", "report"])
+@pytest.mark.parametrize("program", ["config", "test", "embed", "export", "predict", "report"])
 @pytest.mark.parametrize("attack", [f"+x={{{RUN}}}", f"+dataset={{{RUN}}}"])
 def test_every_program_refuses_it_with_status_2(monkeypatch, capsys, tmp_path, program, attack):
     def job(config):

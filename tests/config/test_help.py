@@ -83,7 +83,7 @@ def test_help_shows_the_values_under_other_options():
     assert "train.batch_size=128 " in text
 
 
-@pytest.mark.parametrize("name", ["embed", "export", "report"])
+@pytest.mark.parametrize("name", ["embed", "export", "predict", "report"])
 def test_the_scripts_help_comes_from_the_schema_too(name):
     text = help_text(name, [])
     assert dict(options(text)).keys() == flatten(load_config(name, [])).keys()

@@ -20,6 +20,7 @@ CONFIGURED = {  # programs that read conf/, and the name of their configuration
     "test.py": "test",
     "scripts.embed": "embed",
     "scripts.export": "export",
+    "scripts.predict": "predict",
     "scripts.report": "report",
 }
 LISTED = {name: commands(name) for name in NAMES}
@@ -57,7 +58,7 @@ def test_a_command_of_python_is_valid(words):
 
 def check_settings(program, arguments):
     given = flags_to_overrides([a for a in arguments if not a.startswith("install=")])
-    if program == "scripts.embed":
+    if program in ("scripts.embed", "scripts.predict"):
         given = name_folder(given)
     for job in jobs_of(given):
         load_config(CONFIGURED[program], job)

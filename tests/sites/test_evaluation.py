@@ -12,6 +12,7 @@ from fedssl.networks.state import state_digest
 from fedssl.sites.evaluation import FederatedEvaluation
 from fedssl.sites.heads import SiteScores, can_stand_in, fit_from_sums, score, train_by_rounds
 from fedssl.sites.site import (
+    Counts,
     HeadSettings,
     LocalSites,
     Site,
@@ -19,7 +20,7 @@ from fedssl.sites.site import (
     draw_share,
     group_sites,
 )
-from fedssl.sites.sums import DECAYS, add_up
+from fedssl.sites.sums import DECAYS, TEMPERATURES, add_up
 
 CLASSES, SIZE = 4, 12
 EVALUATION = FederatedEvaluation(**COMMON, **HEAD, min_images=2, folds=10)
@@ -49,21 +50,31 @@ def test_the_head_and_its_score_are_those_of_one_place(sites):
     made, features, labels, (queries, truth) = sites
     _, head = fit_from_sums(made, folds=10)
     candidates = [ridge_in_one_place(features, labels, decay)(queries) for decay in DECAYS]
-    found = queries @ head.weight + head.bias
-    apart = [np.abs(found - each).max() for each in candidates]
+    found = queries @ head.weight + head.bias  # divided by one of the temperatures
+    apart = [
+        np.abs(found * temperature - each).max()
+        for each in candidates
+        for temperature in TEMPERATURES
+    ]
     assert min(apart) < 2e-5
-    expected = candidates[int(np.argmin(apart))].argmax(axis=1)
+    expected = candidates[int(np.argmin(apart)) // len(TEMPERATURES)].argmax(axis=1)
     (scores,) = score(made, [head])
     assert scores.top1 == (expected == truth).mean()
     by_hand = np.zeros((CLASSES, CLASSES), dtype=int)
     for true, predicted in zip(truth, expected, strict=True):
         by_hand[true, predicted] += 1
-    assert np.array_equal(scores.total, by_hand)
+    assert np.array_equal(scores.total.confusion, by_hand)
     told = scores.to_json()
     recalls = [by_hand[c, c] / by_hand[c].sum() for c in range(CLASSES)]
     assert told["balanced"] == pytest.approx(np.mean(recalls))
     assert set(told["by_site"]) == {0, 1, 2, 3, 4}  # the last has no test images
     assert told["spread_over_sites"] > 0
+    chances = head.probabilities(queries)
+    confidence, right = chances.max(axis=1), chances.argmax(axis=1) == truth
+    bins = np.minimum((10 * confidence).astype(int), 9)
+    gaps = [abs((confidence - right)[bins == each].sum()) for each in range(10)]
+    assert told["calibration_error"] == pytest.approx(sum(gaps) / len(truth))
+    assert told["calibration_error"] < 0.15
 
 
 def test_folds_of_sites_choose_what_leaves_each_site_out(sites):
@@ -79,7 +90,9 @@ def test_folds_of_sites_choose_what_leaves_each_site_out(sites):
     _, head = fit_from_sums(made, folds=10)
     queries, _ = make_features(np.random.default_rng(5), 50)
     expected = ridge_in_one_place(features, labels, best)(queries)
-    np.testing.assert_allclose(queries @ head.weight + head.bias, expected, atol=2e-5)
+    found = queries @ head.weight + head.bias
+    apart = [np.abs(found * temperature - expected).max() for temperature in TEMPERATURES]
+    assert min(apart) < 2e-5
 
 
 def test_sites_whose_classes_are_their_own_cannot_stand_in_for_each_other(rng):
@@ -188,4 +201,5 @@ def test_a_run_is_evaluated_at_its_sites(digits, dealt):
 
 
 def test_scores_of_no_images_are_zero():
-    assert SiteScores({0: np.zeros((2, 2), dtype=int)}).top1 == 0
+    tested = Counts(np.zeros((2, 2), dtype=int), np.zeros((10, 3)))
+    assert SiteScores(None, {0: tested}).top1 == 0

@@ -18,6 +18,7 @@ from fedssl.evaluation.base import EvaluationData
 from fedssl.federation.local_grid import LocalGrid
 from fedssl.federation.messages import read_tensors, write_tensors
 from fedssl.runs.checkpoints import Checkpoint, save_checkpoint
+from fedssl.runs.encoder_file import CLASSIFIER_FILE, load_encoder
 from fedssl.runs.metrics import RoundMetrics
 from fedssl.sites.answers import LABELS, answer_labels
 from fedssl.sites.evaluation import FederatedEvaluation
@@ -99,7 +100,13 @@ def test_messages_give_the_scores_of_one_process(settled, digits):
     (recorded,) = run.read_results()
     assert recorded == json.loads(json.dumps(result.to_json()))
     assert [row.encoder for row in result.rows][2:] == ["random encoder"] * 2
-    largest = max(size for step, size in grid.sent if step in ("sums", "correct", "score"))
+    trained_head = load_encoder(run.path / CLASSIFIER_FILE)
+    assert list(trained_head.classifier.classes) == digits.class_names
+    pixels = np.array(digits.test.pixels)
+    features = torch.from_numpy(data.features(trained_head.encoder, pixels))
+    predicted = trained_head.classifier.probabilities(features).argmax(dim=1).numpy()
+    assert data.top1(predicted) == result.rows[0].top1[0]
+    largest = max(size for step, size in grid.sent if step in ("sums", "judge", "test"))
     assert largest <= 2e6  # bytes of a message and its answer, with 512 features
 
 
@@ -119,25 +126,33 @@ def test_a_site_that_lies_is_named_and_left_out(settled):
     assert set(honest.rows[0].sites[0]["by_site"]) == {0, 1, 2}
 
 
-@pytest.mark.parametrize(
-    ("step", "how", "message"),
+NONSENSE = (  # step, change of the answer, what is said of it
     [
-        ("correct", lambda t: t["correct"].fill_(10**6), "counts more correct images than it has"),
-        ("score", lambda t: t["confusions"].neg_(), "count below zero"),
+        ("judge", lambda t: t["correct"].fill_(10**6), "counts more correct images than it has"),
         ("train", lambda t: t["weight"].fill_(float("nan")), "its head is not finite"),
-        ("sums", lambda t: t.pop("gram"), "gram is missing"),
+        ("test", lambda t: t["confusion"].neg_(), "confusion holds numbers that can't be"),
     ],
+    [
+        ("judge", lambda t: t["surprise"].fill_(float("nan")), "surprise holds numbers that can't"),
+        ("test", lambda t: t.pop("reliability"), "reliability has no shape"),
+    ],
+    [("sums", lambda t: t.pop("gram"), "gram is missing")],
 )
-def test_nonsense_is_refused_by_name(settled, step, how, message):
+
+
+@pytest.mark.parametrize("changes", NONSENSE, ids=lambda changes: changes[0][0])
+def test_nonsense_is_refused_by_name(settled, changes):
     _, config = settled
     said = []
 
     def tamper(asked, site, reply):
-        if (asked, site) == (step, 2):
-            change(reply, how)
+        for step, how, _ in changes:
+            if (asked, site) == (step, 2):
+                change(reply, how)
 
     evaluate_at_sites(config, Grid(config, tamper), said.append)
-    assert any(f"client 2: {message}" in line or message in line for line in said), said
+    for _, _, message in changes:
+        assert any("client 2: " in line and message in line for line in said), said
 
 
 def test_a_run_of_another_configuration_is_refused(settled):
@@ -218,6 +233,6 @@ def test_no_labels_anywhere_is_a_line(settled, monkeypatch):
 
 def test_a_site_that_lost_its_features_says_so():
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
-    asked = RecordDict({"config": ConfigRecord({"step": "score", "draw": 0})})
+    asked = RecordDict({"config": ConfigRecord({"step": "test", "draw": 0})})
     with pytest.raises(ValueError, match="lost its features; evaluate once more"):
         answer_labels(Message(asked, 1, LABELS), context, 0, None, None)

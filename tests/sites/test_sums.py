@@ -7,10 +7,11 @@ from sklearn.preprocessing import StandardScaler
 
 from fedssl.sites.sums import (
     DECAYS,
+    TEMPERATURES,
+    Judgement,
     Standardized,
     Sums,
     add_up,
-    choose_decay,
     choose_decay_alone,
     leave_out_rare,
     unpack_sums,
@@ -22,7 +23,7 @@ CLASSES, SIZE = 4, 12
 def make_features(rng, count, size=SIZE, classes=CLASSES):
     """Features as behind a ReLU: not centred, of different scales, one that never varies."""
     labels = rng.integers(0, classes, count)
-    centres = rng.normal(size=(classes, size))
+    centres = np.random.default_rng(0).normal(size=(classes, size))
     features = np.maximum(0, centres[labels] + rng.normal(size=(count, size)) + 1)
     features = features * np.logspace(-2, 1, size)
     features[:, 3] = 0.0
@@ -137,11 +138,29 @@ def test_cross_validation_from_sums_equals_the_formula_with_all_features(data):
 
 
 def test_the_decay_is_the_best_of_the_folds_and_the_largest_of_equals():
-    correct = np.zeros(len(DECAYS))
-    assert choose_decay(correct) == max(DECAYS)
-    correct[3] = 5
-    correct[7] = 5
-    assert choose_decay(correct) == DECAYS[3]
+    flat = np.zeros((len(DECAYS), len(TEMPERATURES)))
+    correct = np.zeros(len(DECAYS), dtype=int)
+    assert DECAYS[Judgement(correct, flat).best()] == max(DECAYS)
+    correct[3] = correct[7] = 5
+    judgement = Judgement(correct, flat)
+    assert judgement.best() == 3
+    assert (judgement + judgement).correct[7] == 10
+
+
+def test_the_temperature_makes_the_images_least_surprising(data):
+    features, labels = data
+    head = Standardized.of(add_up(features, labels, CLASSES)).solve(1e-2)
+    judgement = Judgement.of([head], features, labels)
+    assert judgement.correct[0] == (head.predict(features) == labels).sum()
+    surprises = []
+    for temperature, told in zip(TEMPERATURES, judgement.surprise[0], strict=True):
+        chances = head.sharpened(temperature).probabilities(features)
+        np.testing.assert_allclose(chances.sum(axis=1), 1)
+        surprises.append(-np.log(chances[np.arange(len(labels)), labels]).sum())
+        assert told == pytest.approx(surprises[-1], rel=1e-4)
+    assert judgement.temperature(0) == TEMPERATURES[int(np.argmin(surprises))]
+    sharp = head.sharpened(judgement.temperature(0))
+    assert np.array_equal(sharp.predict(features), head.predict(features))
 
 
 def test_few_images_with_much_noise_want_a_larger_decay(rng):
