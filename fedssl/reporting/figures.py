@@ -266,6 +266,36 @@ def _style(axes: Axes, what: str, over: str = "round") -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def draw_sites(
+    confusion: np.ndarray, names: Sequence[str], by_site: Mapping[str, float], file: Path
+) -> None:
+    """Show what the classes of test images are taken for, and how often each site is right.
+
+    Args:
+        confusion: images by class and by predicted class, (C, C).
+        names: of the classes.
+        by_site: top-1 of each site, 0 to 1.
+    """
+    figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1.2, 1])
+    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    shown = left.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(shown, ax=left, format=PercentFormatter(xmax=1), shrink=0.8)
+    if len(names) <= MAX_NAMES:
+        short = [_shortened(name) for name in drawable(names)]
+        left.set_xticks(range(len(names)), short, rotation=45, ha="right")
+        left.set_yticks(range(len(names)), short)
+    left.set_xlabel("predicted class")
+    left.set_ylabel("class")
+    right.barh(list(by_site), list(by_site.values()), color=BLUE)
+    right.invert_yaxis()
+    right.set_xlim(0, 1)
+    right.xaxis.set_major_formatter(PercentFormatter(xmax=1))
+    right.set_xlabel("top-1")
+    right.set_ylabel("site")
+    save_figure(figure, file)
+
+
 def save_figure(figure: Figure, file: Path, dpi: int = 185) -> None:
     """Write a picture as a whole; what the font can't draw is a box, without a word about it."""
     image = BytesIO()

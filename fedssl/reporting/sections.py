@@ -25,12 +25,16 @@ from fedssl.reporting.figures import (
     draw_neighbours,
     draw_partitions,
     draw_representation,
+    draw_sites,
 )
 from fedssl.runs.directory import RunDirectory
+from fedssl.runs.encoder_file import CLASSIFIER_FILE, read_classes
 from fedssl.runs.metrics import RoundMetrics
+from fedssl.runs.results import FROM_SUMS, TRAINED
 from fedssl.seeding import derive_seed
 
 MIN_MAPPED = 10  # fewer points make no map
+MAX_SITES = 20  # with a bar of their own
 Rounds = Sequence[RoundMetrics]
 
 
@@ -160,6 +164,7 @@ def draw_pictures(
         picture_neighbours(settings.queries, encoded, folder / "neighbours.png"),
         picture_partitions(facts, rounds, images, folder / "partitions.png"),
         picture_representation(rounds, folder / "representation.png"),
+        *picture_sites(run, folder / "sites.png"),
     ]
 
 
@@ -315,3 +320,27 @@ def picture_representation(rounds: Rounds, file: Path) -> Picture:
         "Alignment: how far two views of an image lie apart, lower is nearer.",
         file,
     )
+
+
+def picture_sites(run: RunDirectory, file: Path) -> list[Picture]:
+    """Draw the last evaluation at the sites, if there was one."""
+    scores = [row for result in run.read_results() for row in result["rows"] if row.get("sites")]
+    if not scores:
+        return []
+    ours = [row for row in scores if row["encoder"].startswith(TRAINED)] or scores
+    told = next((row for row in reversed(ours) if row["method"] == FROM_SUMS), ours[-1])["sites"][0]
+    confusion, names = np.array(told["confusion"]), read_classes(run.path / CLASSIFIER_FILE)
+    if len(names) != len(confusion):
+        names = [str(number) for number in range(len(confusion))]
+    by_site = dict(list(told["by_site"].items())[:MAX_SITES])
+    draw_sites(confusion, names, by_site, file)
+    more = len(told["by_site"]) - len(by_site)
+    return [
+        Picture(
+            "Evaluation at the sites",
+            f"The head from sums on the test images of {len(told['by_site'])} sites: each class "
+            "by what it is taken for, and the share of each site's images that is right"
+            + (f" ({more} more are left out)." if more else "."),
+            file,
+        )
+    ]

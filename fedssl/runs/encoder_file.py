@@ -144,6 +144,15 @@ def find_encoder(encoder: str | None, run: str, name: str = ENCODER_FILE) -> Pat
     return file
 
 
+def read_classes(file: Path) -> list[str]:
+    """Read the names of a classifier's classes; none where there is no such file."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return [str(name) for name in json.loads((opened.metadata() or {})["classes"])]
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return []
+
+
 def load_encoder(file: Path) -> TrainedEncoder:
     """Read what `pack_encoder` wrote.
 

@@ -9,6 +9,7 @@ import numpy as np
 TOP1 = "top-1"
 TRAINED = "federated "  # and the name of the method: whose encoder a score is of
 RANDOM = "random encoder"
+FROM_SUMS, BY_ROUNDS = "head from sums", "head by rounds"  # at the sites
 UNRECORDED = {"_target_", "baselines", "feature_batch_size"}  # these decide no score
 
 

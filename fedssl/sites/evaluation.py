@@ -11,8 +11,8 @@ from fedssl.evaluation.converged import fit_converged_head
 from fedssl.evaluation.linear import train_linear_head
 from fedssl.networks.encoder import Encoder
 from fedssl.networks.state import state_digest
-from fedssl.runs.results import Score
-from fedssl.sites.heads import BY_ROUNDS, FROM_SUMS, SiteScores, score_heads, to_score
+from fedssl.runs.results import BY_ROUNDS, FROM_SUMS, Score
+from fedssl.sites.heads import SiteScores, score_heads, to_score
 from fedssl.sites.site import HeadSettings, LocalSites, Site, deal_like, draw_at_site
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fedssl.runs.results import Score
+from fedssl.runs.results import BY_ROUNDS, FROM_SUMS, Score
 from fedssl.sites.site import Counts, HeadSettings, Sites, group_sites
 from fedssl.sites.sums import (
     DECAYS,
@@ -16,8 +16,6 @@ from fedssl.sites.sums import (
     Sums,
     choose_decay_alone,
 )
-
-FROM_SUMS, BY_ROUNDS = "head from sums", "head by rounds"
 
 
 @dataclass(frozen=True)

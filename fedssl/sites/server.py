@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from fedssl.networks.encoder import Encoder
 from fedssl.networks.state import state_digest
-from fedssl.runs.results import Score
-from fedssl.sites.heads import BY_ROUNDS, FROM_SUMS, SiteScores, score_heads, to_score
+from fedssl.runs.results import BY_ROUNDS, FROM_SUMS, Score
+from fedssl.sites.heads import SiteScores, score_heads, to_score
 from fedssl.sites.remote import Asking, Classes, RemoteSites, spread_encoder
 from fedssl.sites.site import HeadSettings
 
