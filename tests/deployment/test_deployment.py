@@ -237,8 +237,8 @@ def test_a_node_that_dies_is_left_out_and_taken_back(place):
     (failure,) = first["failures"]
     assert (failure["partition"], failure["reason"]) == (1, GONE)
     assert [client["partition"] for client in first["clients"]] == [0]
-    assert [client["partition"] for client in last["clients"]] == [0, 1]
-    assert last["failures"] == []
+    assert 1 in [client["partition"] for client in last["clients"]]
+    assert 1 not in [failure["partition"] for failure in last["failures"]]
 
 
 @pytest.mark.slow

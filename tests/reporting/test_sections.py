@@ -6,7 +6,8 @@ from evaluation.small import BACKEND, make_encoder
 from fedssl.data.image_set import Images
 from fedssl.evaluation.features import extract_features
 from fedssl.reporting import figures
-from fedssl.reporting.sections import Encoders, RunImages, encode_some
+from fedssl.reporting.sections import Encoders, RunImages, encode_some, picture_sites
+from fedssl.runs.directory import RunDirectory
 from fedssl.runs.metrics import ClientMetrics, RoundMetrics
 
 
@@ -45,3 +46,22 @@ def test_the_loss_graph_counts_the_clients_of_all_rounds(tmp_path, monkeypatch):
     ]
     figures.draw_loss_graph(rounds, tmp_path / "loss.png", "SimCLR on digits")
     assert drawn[0].axes[0].get_title(loc="left") == "SimCLR on digits, 3 clients"
+
+
+def test_the_last_evaluation_at_the_sites_is_drawn(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, file: drawn.append(figure))
+    run = RunDirectory(tmp_path)
+    assert picture_sites(run, tmp_path / "sites.png") == []
+    told = {"confusion": [[3, 1], [0, 4]], "by_site": {str(site): 0.5 for site in range(25)}}
+    for method in ("head from sums", "head by rounds"):
+        row = {"encoder": "federated SimCLR", "method": method, "sites": [told]}
+        run.add_result({"rows": [row]})
+    run.add_result({"rows": [{"encoder": "random encoder", "method": "kNN"}]})
+    (picture,) = picture_sites(run, tmp_path / "sites.png")
+    assert "25 sites" in picture.caption
+    assert "(5 more are left out)" in picture.caption
+    matrix, bars = drawn[0].axes[:2]
+    assert matrix.images[0].get_array().tolist() == [[0.75, 0.25], [0, 1]]
+    assert [label.get_text() for label in matrix.get_yticklabels()] == ["0", "1"]
+    assert len(bars.patches) == 20

@@ -178,8 +178,8 @@ def test_neither_the_order_nor_the_number_at_a_time_changes_a_byte(tmp_path, com
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, monkeypatch):
-    """The short version of benchmarks/kills.py; clients share processes and keep a target."""
-    keeping = ["num_clients=3", "method=byol", "receive=fedema"]
+    """The short version of benchmarks/kills.py; clients share a process and keep a target."""
+    keeping = ["num_cpus=2", "method=byol", "receive=fedema"]
     monkeypatch.setattr(kills, "RUN", [*kills.RUN, *keeping, "num_rounds=2"])
     result = kills.run_trials(tmp_path, kills=1, seed=int(time.time()))
     assert result["kills"] == result["resumed"] == result["identical_ends"] == 1, result
