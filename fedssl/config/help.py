@@ -58,7 +58,7 @@ Features of every image of a folder, by a trained encoder, as Parquet.
   python -m scripts.embed photos --out=features.parquet
   python -m scripts.embed photos --neighbours=neighbours.png""",
     "predict": """\
-The class of every image of a folder, by the classifier of eval=federated, as CSV.
+The class of every image of a folder, by the classifier of a run, as CSV.
 
   python -m scripts.predict photos --out=predictions.csv
   python -m scripts.predict photos --neighbours=neighbours.png""",
