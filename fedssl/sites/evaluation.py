@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedssl.errors import UserError
 from fedssl.evaluation.base import EvaluationData
 from fedssl.evaluation.classifier import ClassifierEvaluation
 from fedssl.evaluation.converged import fit_converged_head
@@ -40,6 +41,7 @@ class FederatedEvaluation(ClassifierEvaluation):
         """Score the heads of each draw.
 
         Raises:
+            UserError: no site draws enough labels of a class.
             RuntimeError: the encoder changed, which would be a defect.
         """
         digest = state_digest(encoder)
@@ -54,6 +56,11 @@ class FederatedEvaluation(ClassifierEvaluation):
             banks = [features[np.searchsorted(rows, drawn)] for drawn in draw]
             sites = self.make_sites(banks, draw, test, data)
             asked = LocalSites(sites, seed)
+            if not any(len(site.labels) for site in sites.values()):
+                raise UserError(
+                    f"eval.min_images={self.min_images}: no site draws so many labels of a class; "
+                    "lower it, or raise label_fraction"
+                )
             for what, found in score_heads(asked, self.folds, settings).items():
                 scores[what].append(found)
             bank = np.concatenate([site.features for site in sites.values()])

@@ -8,6 +8,7 @@ from evaluation.small import COMMON, HEAD, make_data, make_encoder
 from sites.test_sums import make_features, ridge_in_one_place
 
 from fedssl.data.sources.base import NO_LABEL
+from fedssl.errors import UserError
 from fedssl.networks.state import state_digest
 from fedssl.sites.evaluation import FederatedEvaluation
 from fedssl.sites.heads import SiteScores, can_stand_in, fit_from_sums, score, train_by_rounds
@@ -203,3 +204,11 @@ def test_a_run_is_evaluated_at_its_sites(digits, dealt):
 def test_scores_of_no_images_are_zero():
     tested = Counts(np.zeros((2, 2), dtype=int), np.zeros((10, 3)))
     assert SiteScores(None, {0: tested}).top1 == 0
+
+
+def test_too_few_labels_at_every_site_get_a_line(digits):
+    rows = np.arange(len(digits.train.labels))
+    data = replace(make_data(digits), partitions=np.array_split(rows, 100))
+    with pytest.raises(UserError, match=r"eval\.min_images=9: no site draws so many") as error:
+        replace(EVALUATION, min_images=9).run("it", make_encoder(), data)
+    assert "\n" not in str(error.value)
