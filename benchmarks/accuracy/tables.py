@@ -197,12 +197,25 @@ def twenty_table() -> list[str]:
     return lines if len(lines) > 2 else ["Not recorded yet."]
 
 
+def sites_table() -> list[str]:
+    """Compare heads from sums with those of all labels in one place."""
+    told = json.loads((RESULTS / "sites_digits.json").read_text())["results"]
+    heads = ("head from sums", "head by rounds", "linear head")
+    lines = head("digits dealt out", "sites", "same predictions, %", *heads[:2], "one place")
+    for entry in told:
+        same = f"{100 * min(entry['agreement']):.1f}"
+        scores = [show(entry[name]["top1"]) for name in heads]
+        lines.append(line(entry["dealt"], entry["sites"], same, *scores))
+    return lines
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "digits": digits_table,
     "budgets": budget_table,
     "comparison": comparison_table,
     "federations": federations_table,
     "twenty": twenty_table,
+    "sites": sites_table,
 }
 
 
