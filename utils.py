@@ -585,8 +585,8 @@ def evaluate_at_sites(
     """
     from fedssl.runs.provenance import provenance
     from fedssl.runs.results import RANDOM, TRAINED, UNRECORDED, Result
-    from fedssl.sites.remote import Asking, meet_classes
-    from fedssl.sites.server import AtSites, evaluate_encoder
+    from fedssl.sites.remote import Asking, AtSites, meet_classes
+    from fedssl.sites.server import evaluate_encoder
     from fedssl.sites.site import HeadSettings
 
     wanted = Continuation(config.run, config.output_dir, config.num_rounds, {}, None)

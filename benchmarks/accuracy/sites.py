@@ -32,7 +32,7 @@ from fedssl.runs.provenance import provenance
 from fedssl.runs.results import Score
 from fedssl.sites.evaluation import FederatedEvaluation
 from fedssl.sites.heads import fit_from_sums, score, train_by_rounds
-from fedssl.sites.site import HeadSettings, LocalSites, Site
+from fedssl.sites.site import LocalSites, Site
 from fedssl.sites.sums import DECAYS, TEMPERATURES, Head
 from utils import load_trained, open_evaluation, open_images, plain
 
@@ -102,9 +102,6 @@ def compare(
     evaluation: FederatedEvaluation, data: EvaluationData, features: np.ndarray, test: np.ndarray
 ) -> dict[str, Any]:
     """Compare the heads of each draw; give means and values."""
-    settings = HeadSettings(
-        evaluation.epochs, evaluation.batch_size, evaluation.learning_rate, evaluation.weight_decay
-    )
     agree, rows = [], {"head from sums": [], "head by rounds": [], "linear head": []}
     for seed in data.seeds:
         draw = evaluation.draw(data, seed)
@@ -112,7 +109,7 @@ def compare(
         asked = LocalSites(sites, seed)
         standardized, head = fit_from_sums(asked, evaluation.folds)
         agree.append(in_one_place(sites, head, test))
-        trained = train_by_rounds(asked, standardized, settings)
+        trained = train_by_rounds(asked, standardized, evaluation.head)
         bank = np.concatenate([site.features for site in sites.values()])
         labels = np.concatenate([site.labels for site in sites.values()])
         predict = train_linear_head(bank, labels, data.num_classes, evaluation, seed)

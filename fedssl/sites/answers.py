@@ -72,23 +72,18 @@ def answer_labels(
     draw = int(str(request[DRAW]))
     here = _site_of(context, draw)
     if step == "sums":
-        return _reply(here, {name: torch.from_numpy(v) for name, v in here.sums().pack().items()})
+        return write(here.sums().pack())
     heads = read_heads(message.content)
     if step == "judge":
         judged = here.judge(heads)
-        return _reply(here, _tensors(correct=[judged.correct], surprise=[judged.surprise]))
+        return write({"correct": judged.correct[None], "surprise": judged.surprise[None]})
     if step == "test":
         tested = here.test(heads)
-        return _reply(
-            here,
-            _tensors(
-                confusion=[each.confusion for each in tested],
-                reliability=[each.reliability for each in tested],
-            ),
-        )
+        names = ("confusion", "reliability")
+        return write({name: np.stack([getattr(each, name) for each in tested]) for name in names})
     if step != "train":
         raise ValueError(f"step={step}: unknown to this version")
-    given = read_tensors(message.content, "head")
+    given = read_arrays(message.content, "head")
     epoch, seed = int(str(request["epoch"])), int(str(request["seed"]))
     settings = HeadSettings(
         epochs=int(str(request["epochs"])),
@@ -98,13 +93,13 @@ def answer_labels(
     )
     trained = here.train(
         heads[0],
-        given["mean"].numpy(),
-        given["scale"].numpy(),
+        given["mean"],
+        given["scale"],
         settings,
         epoch,
         head_generator(seed, epoch, site),
     )
-    return _reply(here, write_heads([trained]))
+    return write(stack_heads([trained]))
 
 
 def _tell_classes(part: LabelledPart) -> RecordDict:
@@ -182,32 +177,43 @@ def _site_of(context: Context, draw: int) -> Site:
     return Site.of(*given, int(classes), int(least))
 
 
-def _tensors(**arrays: Sequence[np.ndarray]) -> dict[str, Tensor]:
-    """Stack arrays of one shape under each name."""
-    return {name: torch.from_numpy(np.stack(each)) for name, each in arrays.items()}
+def write(arrays: Mapping[str, np.ndarray]) -> RecordDict:
+    """Put arrays into the content of a message."""
+    tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
+    return RecordDict({**write_tensors(tensors)})
 
 
-def _reply(site: Site, tensors: Mapping[str, Tensor]) -> RecordDict:
-    metrics = MetricRecord({"num-examples": len(site.labels)})
-    return RecordDict({METRICS: metrics, **write_tensors(tensors)})
+def read_arrays(content: RecordDict, what: str) -> dict[str, np.ndarray]:
+    """Read what `write` wrote.
+
+    Args:
+        what: to call it where it is missing.
+
+    Raises:
+        ValueError: it is missing, or something else.
+    """
+    try:
+        return {name: value.numpy() for name, value in read_tensors(content, what).items()}
+    except TypeError as error:  # a dtype that NumPy does not know
+        raise ValueError(f"{what}: {error}") from error
 
 
-def write_heads(heads: Sequence[Head]) -> dict[str, Tensor]:
+def stack_heads(heads: Sequence[Head]) -> dict[str, np.ndarray]:
     """Stack heads for a message: weights (heads, D, C) and biases (heads, C)."""
-    return _tensors(weight=[head.weight for head in heads], bias=[head.bias for head in heads])
+    return {name: np.stack([getattr(head, name) for head in heads]) for name in (WEIGHT, BIAS)}
 
 
 def read_heads(content: RecordDict) -> list[Head]:
-    """Read what `write_heads` wrote.
+    """Read what `stack_heads` made.
 
     Raises:
         ValueError: it is something else.
     """
-    given = read_tensors(content, "head")
-    if given.keys() < {WEIGHT, BIAS} or given[WEIGHT].shape[::2] != given[BIAS].shape:
-        raise ValueError("the head has no weight and bias that fit")
-    pairs = zip(given[WEIGHT].numpy(), given[BIAS].numpy(), strict=True)
-    return [Head(weight, bias) for weight, bias in pairs]
+    given = read_arrays(content, "head")
+    weights, biases = given.get(WEIGHT, np.array(0)), given.get(BIAS, np.array(0))
+    if weights.ndim != 3 or weights.shape[::2] != biases.shape:
+        raise ValueError("its head has no weight and bias that fit")
+    return list(map(Head, weights, biases))
 
 
 def normalize(name: str) -> str:

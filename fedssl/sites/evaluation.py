@@ -51,17 +51,16 @@ class FederatedEvaluation(ClassifierEvaluation):
         test = data.features(encoder, data.test.pixels)
         scores: dict[str, list[SiteScores]] = {FROM_SUMS: [], BY_ROUNDS: []}
         central: dict[str, list[float]] = {}
-        settings = HeadSettings(self.epochs, self.batch_size, self.learning_rate, self.weight_decay)
         for seed, draw in zip(data.seeds, draws, strict=True):
             banks = [features[np.searchsorted(rows, drawn)] for drawn in draw]
             sites = self.make_sites(banks, draw, test, data)
             asked = LocalSites(sites, seed)
             if not any(len(site.labels) for site in sites.values()):
                 raise UserError(
-                    f"eval.min_images={self.min_images}: no site draws so many labels of a class; "
+                    f"min_images={self.min_images}: no site draws so many labels of a class; "
                     "lower it, or raise label_fraction"
                 )
-            for what, found in score_heads(asked, self.folds, settings).items():
+            for what, found in score_heads(asked, self.folds, self.head).items():
                 scores[what].append(found)
             bank = np.concatenate([site.features for site in sites.values()])
             labels = np.concatenate([site.labels for site in sites.values()])
@@ -80,6 +79,11 @@ class FederatedEvaluation(ClassifierEvaluation):
                 for what, values in central.items()
             ),
         ]
+
+    @property
+    def head(self) -> HeadSettings:
+        """How the head by rounds is trained."""
+        return HeadSettings(self.epochs, self.batch_size, self.learning_rate, self.weight_decay)
 
     def count_labelled(self, data: EvaluationData) -> int:
         """Count the labels that all sites draw together."""

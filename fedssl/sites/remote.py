@@ -2,15 +2,16 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TypeVar
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
-from torch import Tensor, from_numpy
+from torch import Tensor
 
-from fedssl.federation.guards import read_metrics, read_replies
-from fedssl.federation.messages import ARRAYS, CONFIG, read_tensors, write_tensors
+from fedssl.federation.guards import check_num_examples, read_metrics, read_replies
+from fedssl.federation.messages import ARRAYS, CONFIG
 from fedssl.federation.nodes import Nodes
 from fedssl.runs.metrics import Failure
 from fedssl.sites.answers import (
@@ -19,8 +20,10 @@ from fedssl.sites.answers import (
     LABELS,
     STEP,
     normalize,
+    read_arrays,
     read_heads,
-    write_heads,
+    stack_heads,
+    write,
 )
 from fedssl.sites.site import Counts, HeadSettings, Sites, Trained
 from fedssl.sites.sums import BINS, TEMPERATURES, Head, Judgement, Sums, unpack_sums
@@ -42,32 +45,32 @@ class Asking:
         step: str,
         read: Callable[[int, RecordDict], Read],
         config: Mapping[str, ConfigValue] | None = None,
-        tensors: Mapping[int, Mapping[str, Tensor]] | None = None,
-        arrays: ArrayRecord | None = None,
+        arrays: Mapping[int, Mapping[str, np.ndarray]] | None = None,
+        encoder: ArrayRecord | None = None,
         sites: Sequence[int] | None = None,
     ) -> dict[int, Read]:
         """Send a step to sites and read their answers.
 
         Args:
             read: takes the site's number and its answer; raises ValueError for an odd one.
-            tensors: for each site that is asked; None sends none.
-            arrays: for all of them.
-            sites: that are asked; None asks those of `tensors`, or all.
+            arrays: for each site that is asked; None sends none.
+            encoder: its state, for all of them.
+            sites: that are asked; None asks those of `arrays`, or all.
 
         Returns:
             What was read, by the site's number.
         """
         messages = []
-        chosen = tensors if sites is None else sites
+        chosen = arrays if sites is None else sites
         for node in self.nodes.get_node_ids():
             site = self.nodes.partition_of[node]
             if chosen is not None and site not in chosen:
                 continue
             content = RecordDict({CONFIG: ConfigRecord({STEP: step, **(config or {})})})
-            if tensors is not None:
-                content = RecordDict({**content, **write_tensors(tensors[site])})
             if arrays is not None:
-                content[ARRAYS] = arrays
+                content = RecordDict({**content, **write(arrays[site])})
+            if encoder is not None:
+                content[ARRAYS] = encoder
             messages.append(Message(content, node, LABELS))
         answers = self.nodes.send_and_receive(messages)
         found, failures = read_replies(
@@ -141,40 +144,51 @@ def meet_classes(asking: Asking) -> Classes:
     return classes
 
 
+@dataclass(frozen=True)
+class AtSites:
+    """How encoders are evaluated at the sites.
+
+    Attributes:
+        fraction: share of each site's labels that a draw gives.
+        seeds: of the draws.
+        min_images: of a class at a site, for its sum to leave it.
+        folds: of sites at most, which choose the weight decay.
+        head: how the head by rounds is trained.
+        round_number: of the checkpoint, which decides the size of the images.
+    """
+
+    fraction: float
+    seeds: Sequence[int]
+    min_images: int
+    folds: int
+    head: HeadSettings
+    round_number: int
+
+
 def spread_encoder(
-    asking: Asking,
-    encoder: Mapping[str, Tensor],
-    classes: Classes,
-    *,
-    fraction: float,
-    seeds: Sequence[int],
-    min_images: int,
-    round_number: int,
+    asking: Asking, encoder: Mapping[str, Tensor], classes: Classes, settings: AtSites
 ) -> dict[int, tuple[int, int]]:
     """Let all sites encode their labelled images.
 
     Args:
         encoder: its state.
-        fraction: share of each site's labels that a draw gives.
-        seeds: of the draws.
-        round_number: of the checkpoint, which decides the size of the images.
 
     Returns:
         For each site the labelled images of the first draw, and its test images.
     """
     config: dict[str, ConfigValue] = {
         CLASSES: json.dumps(classes.keys),
-        "fraction": fraction,
-        "seeds": json.dumps(list(seeds)),
-        "min-images": min_images,
-        "server-round": round_number,
+        "fraction": settings.fraction,
+        "seeds": json.dumps(list(settings.seeds)),
+        "min-images": settings.min_images,
+        "server-round": settings.round_number,
     }
 
     def read(site: int, content: RecordDict) -> tuple[int, int]:
         told = read_metrics(content, ("num-examples", "num-tested"))
         return int(told["num-examples"]), int(told["num-tested"])
 
-    return asking.ask("features", read, config, arrays=ArrayRecord(dict(encoder)))
+    return asking.ask("features", read, config, encoder=ArrayRecord(dict(encoder)))
 
 
 class RemoteSites(Sites):
@@ -198,10 +212,12 @@ class RemoteSites(Sites):
         """Ask for the sums; those that can't be sums of features are left out."""
 
         def read(site: int, content: RecordDict) -> Sums:
-            arrays = {n: v.numpy() for n, v in read_tensors(content, "sums").items()}
+            arrays = read_arrays(content, "sums")
             if not arrays.get("counts", np.ones(1)).any():  # nothing, of whatever size
                 return nothing(self.size, self.classes)
-            return unpack_sums(arrays, self.size, self.classes)
+            sums = unpack_sums(arrays, self.size, self.classes)
+            check_num_examples(sums.images)
+            return sums
 
         found = self.asking.ask("sums", read, self.config, sites=self.numbers)
         self.images = {site: sums.images for site, sums in found.items()}
@@ -214,13 +230,13 @@ class RemoteSites(Sites):
         def read(site: int, content: RecordDict) -> Judgement:
             shapes: dict[str, tuple[int, ...]] = {"correct": (1, len(heads[site]))}
             shapes["surprise"] = (*shapes["correct"], len(TEMPERATURES))
-            told = read_arrays(content, shapes)
+            told = read_counts(content, shapes)
             if (told["correct"] > self.images[site]).any():
                 raise ValueError("it counts more correct images than it has")
             return Judgement(told["correct"][0], told["surprise"][0])
 
-        tensors = {site: write_heads(given) for site, given in heads.items()}
-        return self.asking.ask("judge", read, self.config, tensors)
+        arrays = {site: stack_heads(given) for site, given in heads.items()}
+        return self.asking.ask("judge", read, self.config, arrays)
 
     def train(
         self, head: Head, mean: np.ndarray, scale: np.ndarray, settings: HeadSettings, epoch: int
@@ -243,7 +259,7 @@ class RemoteSites(Sites):
                 raise ValueError("its head is not finite")
             return Trained(trained, self.images[site])
 
-        given = {**write_heads([head]), "mean": from_numpy(mean), "scale": from_numpy(scale)}
+        given = {**stack_heads([head]), "mean": mean, "scale": scale}
         filled = [site for site in self.numbers if self.images[site]]
         return self.asking.ask("train", read, config, dict.fromkeys(filled, given))
 
@@ -255,14 +271,17 @@ class RemoteSites(Sites):
         }
 
         def read(site: int, content: RecordDict) -> list[Counts]:
-            told = read_arrays(content, shapes)
+            told = read_counts(content, shapes)
+            images = told["confusion"].sum(axis=(1, 2))
+            if not np.array_equal(images, told["reliability"][..., 0].sum(axis=1)):
+                raise ValueError("confusion and reliability count different images")
             return list(map(Counts, told["confusion"], told["reliability"]))
 
-        tensors = dict.fromkeys(self.numbers, write_heads(heads))
-        return self.asking.ask("test", read, self.config, tensors)
+        arrays = dict.fromkeys(self.numbers, stack_heads(heads))
+        return self.asking.ask("test", read, self.config, arrays)
 
 
-def read_arrays(
+def read_counts(
     content: RecordDict, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, np.ndarray]:
     """Read arrays of numbers that can't be below zero.
@@ -270,14 +289,14 @@ def read_arrays(
     Raises:
         ValueError: one is missing, of another shape, not finite, or below zero.
     """
-    told = read_tensors(content, "counts")
+    told = read_arrays(content, "counts")
     for name, shape in shapes.items():
         value = told.get(name)
         if value is None or value.shape != shape:
             raise ValueError(f"{name} has no shape {shape}")
-        if not bool(value.isfinite().all()) or bool((value < 0).any()):
+        if not np.isfinite(value).all() or (value < 0).any():
             raise ValueError(f"{name} holds numbers that can't be")
-    return {name: told[name].numpy() for name in shapes}
+    return told
 
 
 def nothing(size: int, classes: int) -> Sums:

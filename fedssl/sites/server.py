@@ -1,35 +1,12 @@
 """The server's side of an evaluation at the sites."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedssl.networks.encoder import Encoder
 from fedssl.networks.state import state_digest
 from fedssl.runs.results import BY_ROUNDS, FROM_SUMS, Score
 from fedssl.sites.heads import SiteScores, score_heads, to_score
-from fedssl.sites.remote import Asking, Classes, RemoteSites, spread_encoder
-from fedssl.sites.site import HeadSettings
-
-
-@dataclass(frozen=True)
-class AtSites:
-    """How encoders are evaluated at the sites.
-
-    Attributes:
-        fraction: share of each site's labels that a draw gives.
-        seeds: of the draws.
-        min_images: of a class at a site, for its sum to leave it.
-        folds: of sites at most, which choose the weight decay.
-        head: how the head by rounds is trained.
-        round_number: of the checkpoint, which decides the size of the images.
-    """
-
-    fraction: float
-    seeds: Sequence[int]
-    min_images: int
-    folds: int
-    head: HeadSettings
-    round_number: int
+from fedssl.sites.remote import Asking, AtSites, Classes, RemoteSites, spread_encoder
 
 
 @dataclass(frozen=True)
@@ -52,15 +29,7 @@ def evaluate_encoder(
         RuntimeError: no site has labelled images, or none has test images.
     """
     state = {key: value.detach().cpu() for key, value in encoder.state_dict().items()}
-    counts = spread_encoder(
-        asking,
-        state,
-        classes,
-        fraction=settings.fraction,
-        seeds=settings.seeds,
-        min_images=settings.min_images,
-        round_number=settings.round_number,
-    )
+    counts = spread_encoder(asking, state, classes, settings)
     shape = encoder.feature_size, len(classes.keys)
     scores: dict[str, list[SiteScores]] = {FROM_SUMS: [], BY_ROUNDS: []}
     for draw, seed in enumerate(settings.seeds):

@@ -209,6 +209,6 @@ def test_scores_of_no_images_are_zero():
 def test_too_few_labels_at_every_site_get_a_line(digits):
     rows = np.arange(len(digits.train.labels))
     data = replace(make_data(digits), partitions=np.array_split(rows, 100))
-    with pytest.raises(UserError, match=r"eval\.min_images=9: no site draws so many") as error:
+    with pytest.raises(UserError, match=r"^min_images=9: no site draws so many") as error:
         replace(EVALUATION, min_images=9).run("it", make_encoder(), data)
     assert "\n" not in str(error.value)

@@ -28,16 +28,21 @@ from utils import build_method, evaluate_at_sites, open_evaluation, plain
 SITES = 3
 
 
+def make_run(folder, given):
+    """Make a run of one round whose encoder has never trained."""
+    config = load_config("config", given)
+    run = create_run(folder, config)
+    state = build_method(config, torch.device("cpu")).state_dict()
+    save_checkpoint(run.checkpoints, Checkpoint(1, state, metrics=RoundMetrics(1)), keep=1)
+    return run
+
+
 @pytest.fixture
 def settled(tmp_path, config, digits):
     """A run with a checkpoint, and the configuration that evaluates it at its sites."""
     places = [f"cache_dir={config.cache_dir}", f"output_dir={tmp_path}", "precision=float32"]
     given = [f"num_clients={SITES}", "model.stem=imagenet", *places]
-    trained = load_config("config", given)
-    run = create_run(tmp_path / "run", trained)
-    method = build_method(trained, torch.device("cpu"))
-    checkpoint = Checkpoint(1, method.state_dict(), metrics=RoundMetrics(1))
-    save_checkpoint(run.checkpoints, checkpoint, keep=1)
+    run = make_run(tmp_path / "run", given)
     federated = ["eval=federated", "eval.seeds=1", "eval.epochs=1", f"run={run.path}"]
     federated += ["eval.baselines=false"]
     return run, load_config("config", [*given, *federated], federated=True)
@@ -126,33 +131,39 @@ def test_a_site_that_lies_is_named_and_left_out(settled):
     assert set(honest.rows[0].sites[0]["by_site"]) == {0, 1, 2}
 
 
-NONSENSE = (  # step, change of the answer, what is said of it
+NONSENSE = (  # site, step, change of the answer, what is said of it
     [
-        ("judge", lambda t: t["correct"].fill_(10**6), "counts more correct images than it has"),
-        ("train", lambda t: t["weight"].fill_(float("nan")), "its head is not finite"),
-        ("test", lambda t: t["confusion"].neg_(), "confusion holds numbers that can't be"),
+        (2, "judge", lambda t: t["correct"].fill_(10**6), "more correct images than it has"),
+        (2, "train", lambda t: t["weight"].fill_(float("nan")), "its head is not finite"),
+        (2, "test", lambda t: t["confusion"].neg_(), "confusion holds numbers that can't be"),
     ],
     [
-        ("judge", lambda t: t["surprise"].fill_(float("nan")), "surprise holds numbers that can't"),
-        ("test", lambda t: t.pop("reliability"), "reliability has no shape"),
+        (2, "judge", lambda t: t["surprise"].fill_(float("nan")), "surprise holds numbers that"),
+        (2, "train", lambda t: t.pop("weight"), "no weight and bias that fit"),
+        (2, "test", lambda t: t["reliability"].mul_(2), "count different images"),
+        (1, "test", lambda t: t.pop("reliability"), "reliability has no shape"),
     ],
-    [("sums", lambda t: t.pop("gram"), "gram is missing")],
+    [
+        (1, "sums", lambda t: t.update(gram=t["gram"].bfloat16()), "unsupported ScalarType"),
+        (2, "sums", lambda t: t["counts"].mul_(10**12), "num-examples is"),
+    ],
+    [(2, "sums", lambda t: t.pop("gram"), "gram is missing")],
 )
 
 
-@pytest.mark.parametrize("changes", NONSENSE, ids=lambda changes: changes[0][0])
+@pytest.mark.parametrize("changes", NONSENSE, ids=["heads", "shapes", "kinds", "missing"])
 def test_nonsense_is_refused_by_name(settled, changes):
     _, config = settled
     said = []
 
-    def tamper(asked, site, reply):
-        for step, how, _ in changes:
-            if (asked, site) == (step, 2):
+    def tamper(asked, partition, reply):
+        for site, step, how, _ in changes:
+            if (asked, partition) == (step, site):
                 change(reply, how)
 
     evaluate_at_sites(config, Grid(config, tamper), said.append)
-    for _, _, message in changes:
-        assert any("client 2: " in line and message in line for line in said), said
+    for site, _, _, message in changes:
+        assert any(f"client {site}: " in line and message in line for line in said), said
 
 
 def test_a_run_of_another_configuration_is_refused(settled):
@@ -183,11 +194,7 @@ def test_folders_of_sites_meet_by_the_names_of_their_classes(tmp_path, rng, conf
     folders[2] = tmp_path / "bare"
     given = ["dataset=imagefolder", "dataset.image_size=8", "num_clients=3", "precision=float32"]
     given += [f"cache_dir={tmp_path}/cache", f"output_dir={tmp_path}", "model.stem=imagenet"]
-    trained = load_config("config", given)
-    run = create_run(tmp_path / "run", trained)
-    method = build_method(trained, torch.device("cpu"))
-    checkpoint = Checkpoint(1, method.state_dict(), metrics=RoundMetrics(1))
-    save_checkpoint(run.checkpoints, checkpoint, keep=1)
+    run = make_run(tmp_path / "run", given)
     asked = ["eval=federated", "eval.label_fraction=1", "eval.seeds=1", f"run={run.path}"]
     evaluated = load_config("config", [*given, *asked], federated=True)
     text = utils.OmegaConf.to_yaml(evaluated, resolve=True)
