@@ -299,6 +299,7 @@ def enter(monkeypatch, capsys, name, check, arguments):
         (["--multirun", "num_clients=2,0"], "num_clients=0"),
         (["method=moco", "method.queue_size=999"], "partition 0 has only 259 images to train on"),
         (["receive=fedu"], "SimCLR has no predictors"),
+        (["run=latest"], "is for flower-server-app; python test.py eval=federated"),
         (["output_dir=/dev/null/x"], "can't be written"),
         (["cache_dir=/dev/null/x"], "can't be written"),
         (["--min_results=6"], "there are only num_clients=5"),

@@ -45,8 +45,16 @@ def check_settings(program: str, settings: Mapping[str, Any]) -> None:
     if program == "config":
         _check_resolution(settings)
         _check_negatives(settings)
-        if settings["run"] is not None and "Federated" not in settings["eval"]["_target_"]:
-            raise SettingError(f"run={settings['run']}: add eval=federated, which evaluates it")
+
+
+def check_federation(settings: Mapping[str, Any]) -> None:
+    """Check what a server of real nodes is to do with a run that there is.
+
+    Raises:
+        UserError: nothing says how it is evaluated.
+    """
+    if settings["run"] is not None and "Federated" not in settings["eval"]["_target_"]:
+        raise SettingError(f"run={settings['run']}: add eval=federated, which evaluates it")
 
 
 def check_simulation(settings: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
 from fedssl.config.checks import (
+    check_federation,
     check_settings,
     check_simulation,
     flatten_mapping,
@@ -66,8 +67,8 @@ def load_config(name: str, overrides: Sequence[str], federated: bool = False) ->
     with initialize_config_dir(str(CONF), version_base=None):
         config = take_paths_as_text(_compose(name, given))
     check_settings(name, to_mapping(config))
-    if name == "config" and not federated:
-        check_simulation(to_mapping(config))
+    if name == "config":
+        (check_federation if federated else check_simulation)(to_mapping(config))
     return config
 
 

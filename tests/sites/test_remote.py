@@ -173,6 +173,11 @@ def test_a_run_of_another_configuration_is_refused(settled):
         evaluate_at_sites(config, Grid(config))
 
 
+def test_a_run_without_an_evaluation_is_refused():
+    with pytest.raises(UserError, match=r"run=latest: add eval=federated"):
+        load_config("config", ["run=latest"], federated=True)
+
+
 def draw_folder(folder, rng, classes, count=8):
     """Class folders of images whose class can be seen: bright or dark in one channel."""
     for name, channel in classes.items():
