@@ -39,6 +39,7 @@ from fedssl.networks.state import load_state
 from fedssl.seeding import generator_for
 from fedssl.sites.answers import ACTION as LABELS_ACTION
 from fedssl.sites.answers import LabelledPart, answer_labels
+from fedssl.sites.site import TuneSettings
 from fedssl.training.local import (
     Pixels,
     TrainSettings,
@@ -412,13 +413,33 @@ def labels_reply(
         size = state.settings.batch_size
         return extract_features(state.method.encoder, pixels, state.backend, size, resolution)
 
+    def tune(
+        network_state: Mapping[str, Tensor],
+        pixels: np.ndarray,
+        labels: np.ndarray,
+        settings: TuneSettings,
+        seed: int,
+        tune_round: int,
+    ) -> Mapping[str, Tensor]:
+        from fedssl.sites.tuning import Classifying, tune_at_site, tune_generator
+
+        classes = len(network_state["head.bias"])
+        network = Classifying(state.method.encoder, classes)
+        load_state(network, network_state)
+        resolution = state.schedule.eval_resolution(round_of(message))
+        views = replace(state.views, output_size=resolution)
+        generator = tune_generator(seed, tune_round, client.partition)
+        given = pixels, labels, settings, tune_round, views, state.backend, generator
+        tune_at_site(network, *given)
+        return {name: value.cpu() for name, value in network.state_dict().items()}
+
     part = open_labelled(
         client.config_text,
         client.partition,
         client.num_partitions,
         client.labels_path or client.data_path,
     )
-    content = answer_labels(message, context, client.partition, part, encode)
+    content = answer_labels(message, context, client.partition, part, encode, tune)
     return Message(content, reply_to=message)
 
 

@@ -3,11 +3,12 @@
 The only place that reads sections of the configuration; what lies below takes values.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -54,9 +55,10 @@ from fedssl.training.schedule import Schedule
 if TYPE_CHECKING:  # a client, which imports this file for every message, evaluates nothing
     from fedssl.evaluation.base import Evaluation, EvaluationData
     from fedssl.reporting.sections import RunFacts, RunImages
-    from fedssl.runs.results import Result
+    from fedssl.runs.results import Result, Score
     from fedssl.sites.answers import LabelledPart
 
+Built = TypeVar("Built")
 PREPARATION = (
     "image_size",
     "mean",
@@ -74,6 +76,11 @@ def read_config(text: str) -> DictConfig:
     config = OmegaConf.create(text)
     assert isinstance(config, DictConfig)
     return config
+
+
+def select(kind: type[Built], section: DictConfig) -> Built:
+    """Build an object from those values of a section that its fields are named by."""
+    return kind(**{field.name: section[field.name] for field in fields(kind)})  # type: ignore[arg-type]
 
 
 def name_of(section: DictConfig) -> str:
@@ -492,8 +499,8 @@ def open_evaluation(
     """
     from fedssl.evaluation.base import EvaluationData
 
-    protocol = get_class(settings._target_)
-    evaluation = protocol(**{field.name: settings[field.name] for field in fields(protocol)})
+    kind: type[Evaluation] = get_class(settings._target_)
+    evaluation = select(kind, settings)
     resolution = build_schedule(config).eval_resolution(round_number)
     dealt = open_partitions(config, image_set) if evaluation.needs_partitions else []
     data = EvaluationData.of(
@@ -560,6 +567,9 @@ def keep_classifier(
     """Write the first head of a result, if it has one, with its encoder into a file."""
     if (head := result.rows[0].head) is None:
         return
+    if (tuned := result.rows[0].tuned) is not None:
+        encoder = copy.deepcopy(encoder)
+        load_state(encoder, tuned)
     weight, bias = (torch.from_numpy(np.ascontiguousarray(array.T)) for array in head)
     resolution = build_schedule(config).eval_resolution(result.round)
     classifier = Classifier(weight, bias, class_names[: len(bias)])
@@ -584,10 +594,17 @@ def evaluate_at_sites(
         RuntimeError: too few nodes, or none with labels.
     """
     from fedssl.runs.provenance import provenance
-    from fedssl.runs.results import RANDOM, TRAINED, UNRECORDED, Result
+    from fedssl.runs.results import (
+        AT_SITES,
+        RANDOM,
+        TRAINED,
+        TUNED_AT_SITES,
+        UNRECORDED,
+        Result,
+    )
     from fedssl.sites.remote import Asking, AtSites, meet_classes
-    from fedssl.sites.server import evaluate_encoder
-    from fedssl.sites.site import HeadSettings
+    from fedssl.sites.server import describe_failures, evaluate_encoder, tune_encoder
+    from fedssl.sites.site import HeadSettings, TuneSettings
 
     wanted = Continuation(config.run, config.output_dir, config.num_rounds, {}, None)
     run = wanted.find_run()
@@ -601,27 +618,39 @@ def evaluate_at_sites(
     classes = meet_classes(asking)
     for line in classes.describe_oddities(nodes.membership.label):
         report(f"{WARNING}{line}")
-    head = HeadSettings(
-        protocol.epochs, protocol.batch_size, protocol.learning_rate, protocol.weight_decay
-    )
     seeds = [draw_seed(config.seed, draw) for draw in range(protocol.seeds)]
-    given = protocol.label_fraction, seeds, protocol.min_images, protocol.folds, head, round_number
+    given = protocol.label_fraction, seeds, protocol.min_images, protocol.folds
+    settings = AtSites(*given, round_number)
+    tuned = "rounds" in protocol
     encoders = {f"{TRAINED}{name_of(config.method)}": method.encoder}
     if protocol.baselines:
         encoders[RANDOM] = build_method(config, backend.device).encoder
-    rows = []
+    rows: list[Score] = []
     for name, encoder in encoders.items():
-        scores, counted = evaluate_encoder(asking, name, encoder, classes, AtSites(*given))
-        rows += scores
+        try:
+            asked = asking, name, encoder, classes, settings
+            evaluated = (
+                tune_encoder(*asked, select(TuneSettings, protocol))
+                if tuned
+                else evaluate_encoder(*asked, select(HeadSettings, protocol))
+            )
+        except ValueError as error:
+            raise RuntimeError(f"{error}{describe_failures(asking)}") from error
+        rows += evaluated.scores
     for line in dict.fromkeys(f"{each.who}: {each.reason}" for each in asking.failures):
         report(f"{WARNING}left out: {line}")
+    first = (rows[0].sites or [{}])[0]
+    for site, count in first.get("left_out", {}).items():
+        who = nodes.membership.label(site)
+        line = f"{who} leaves out {count} of {len(classes.names)} classes, with fewer labelled "
+        report(f"{WARNING}{line}images there than eval.min_images={protocol.min_images}")
     result = Result(
-        mode="federated",
+        mode=TUNED_AT_SITES if tuned else AT_SITES,
         dataset=title_of_images(config.dataset),
         protocol={key: protocol[key] for key in protocol if key not in UNRECORDED},
         round=round_number,
-        labelled_images=counted.labelled,
-        test_images=counted.tested,
+        labelled_images=evaluated.labelled,
+        test_images=evaluated.tested,
         rows=rows,
         seed=config.seed,
         checkpoint=checkpoint.name,

@@ -1,17 +1,19 @@
 """Compare heads from sums with those of all features in one place, however images are dealt out.
 
-    python -m benchmarks.accuracy.sites --run outputs/latest --out results/sites_digits.json
+    python -m benchmarks.accuracy.sites --run outputs/latest --out results/sites/digits/seed0.json
 
 For each way to deal the images of a run out, and each number of sites, the head from the
 sites' sums is compared with scikit-learn's ridge regression on all drawn features in one
 place, with the same decay: on how many test images they agree. Beside it stand the
-accuracies of both heads of `eval=federated` and of the linear head with all labels in one
-place, for three draws of labels. No class is left out for its few images at a site.
+accuracies of the heads of `eval=federated` and of the linear head with all labels in one
+place, for three draws of labels. No class is left out for its few images at a site. With
+`--tune` five sites tune encoder and head, too, with one of the draws.
 """
 
 import argparse
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +29,16 @@ from fedssl.data.partitions import partition_rows
 from fedssl.errors import UserError
 from fedssl.evaluation.base import EvaluationData
 from fedssl.evaluation.linear import train_linear_head
+from fedssl.networks.encoder import Encoder
 from fedssl.runs.directory import RunDirectory
 from fedssl.runs.provenance import provenance
-from fedssl.runs.results import Score
+from fedssl.runs.results import BY_ROUNDS, FROM_SUMS, OWN_HEADS, Score
 from fedssl.sites.evaluation import FederatedEvaluation
-from fedssl.sites.heads import fit_from_sums, score, train_by_rounds
+from fedssl.sites.finetune import FederatedFineTuning
+from fedssl.sites.heads import fit_from_sums, score, score_own, train_by_rounds
 from fedssl.sites.site import LocalSites, Site
 from fedssl.sites.sums import DECAYS, TEMPERATURES, Head
-from utils import load_trained, open_evaluation, open_images, plain
+from utils import load_trained, open_evaluation, open_images, plain, select
 
 DEALT = {
     "IID": ["partition=iid"],
@@ -46,6 +50,7 @@ DEALT = {
     "two classes each": ["partition=pathological", "partition.classes_per_client=2"],
 }
 COUNTS = (5, 100)
+HEADS = (FROM_SUMS, BY_ROUNDS, OWN_HEADS, "linear head")  # the last with all labels in one place
 
 
 def deal(image_set: ImageSet, count: int, overrides: Sequence[str], seed: int) -> list[np.ndarray]:
@@ -102,7 +107,8 @@ def compare(
     evaluation: FederatedEvaluation, data: EvaluationData, features: np.ndarray, test: np.ndarray
 ) -> dict[str, Any]:
     """Compare the heads of each draw; give means and values."""
-    agree, rows = [], {"head from sums": [], "head by rounds": [], "linear head": []}
+    agree: list[float] = []
+    rows: dict[str, list[float]] = {name: [] for name in HEADS}
     for seed in data.seeds:
         draw = evaluation.draw(data, seed)
         sites = evaluation.make_sites([features[drawn] for drawn in draw], draw, test, data)
@@ -113,16 +119,30 @@ def compare(
         bank = np.concatenate([site.features for site in sites.values()])
         labels = np.concatenate([site.labels for site in sites.values()])
         predict = train_linear_head(bank, labels, data.num_classes, evaluation, seed)
-        for name, found in zip(rows, score(asked, [head, trained]), strict=False):
-            rows[name].append(found.top1)
-        rows["linear head"].append(data.top1(predict(test)))
+        shared = score(asked, [head, trained])
+        values = [*(found.top1 for found in shared), score_own(asked, head).top1]
+        for name, value in zip(HEADS, [*values, data.top1(predict(test))], strict=True):
+            rows[name].append(value)
     scores = {name: Score("", name, values).to_json() for name, values in rows.items()}
     told = {name: {k: row[k] for k in ("top1", "mean", "std")} for name, row in scores.items()}
     return {"agreement": agree, **told}
 
 
-def measure(run: RunDirectory, config: DictConfig) -> Iterator[dict[str, Any]]:
-    """Give an entry for each way to deal the run's images out."""
+def tune(settings: DictConfig, encoder: Encoder, data: EvaluationData) -> dict[str, Any]:
+    """Tune encoder and head at the sites with one draw of labels; give the top-1 of each row."""
+    evaluation, first = select(FederatedFineTuning, settings), replace(data, seeds=data.seeds[:1])
+    rows = evaluation.run("", encoder, first)
+    return {row.method: row.mean for row in rows if row.method != FROM_SUMS}
+
+
+def measure(
+    run: RunDirectory, config: DictConfig, tuning: DictConfig | None
+) -> Iterator[dict[str, Any]]:
+    """Give an entry for each way to deal the run's images out.
+
+    Args:
+        tuning: settings of the fine-tuning; None for none.
+    """
     image_set = open_images(config)
     backend = choose_backend(config.precision)
     method, round_number = load_trained(config, run.last_checkpoint(), backend.device)
@@ -134,8 +154,10 @@ def measure(run: RunDirectory, config: DictConfig) -> Iterator[dict[str, Any]]:
     for name, overrides in DEALT.items():
         for count in COUNTS:
             parts = deal(image_set, count, overrides, config.seed)
-            dealt = EvaluationData(**{**vars(data), "partitions": parts})
+            dealt = replace(data, partitions=parts)
             entry = {"dealt": name, "sites": count, **compare(evaluation, dealt, features, test)}
+            if tuning and count == COUNTS[0]:
+                entry["tuned"] = tune(tuning, method.encoder, dealt)
             print(json.dumps(entry), flush=True)
             yield entry
 
@@ -145,18 +167,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="directory of a run")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tune", action="store_true", help="tune the encoder, too")
     given = parser.parse_args()
     run = RunDirectory(given.run.resolve())
     config = run.load_config()
-    config.eval = load_config("config", ["eval=federated", "eval.min_images=1"]).eval
+    config.eval, tuning = (
+        load_config("config", [f"eval={name}", "eval.min_images=1"]).eval
+        for name in ("federated", "federated_finetune")
+    )
     for key in ("learning_rate", "weight_decay"):
-        config.eval[key] = config.head[key]
-    entries = list(measure(run, config))
+        config.eval[key] = tuning[key] = config.head[key]
+    entries = list(measure(run, config, tuning if given.tune else None))
     for place in ("output_dir", "run_dir", "cache_dir", "resume"):
         del config[place]
     config.dataset.path = None
     facts = {"command": "python -m benchmarks.accuracy.sites", "measured": provenance()}
     facts |= {"run": plain(config), "round": len(run.read_metrics())}
+    if given.tune:
+        facts["tuning"] = plain(tuning)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps({**facts, "results": entries}, indent=2) + "\n")
 
 

@@ -9,7 +9,7 @@ What has not been recorded is an empty cell or no line.
 import json
 import re
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -36,6 +36,7 @@ BUDGET_TITLES = {  # what the pages call the runs; experiments have a line witho
     "cifar10_cpu_long_seven_rounds": "`cifar10_cpu_long` in seven rounds, float32",
     "cifar10_gpu": "`cifar10_gpu`",
 }
+SITES = {"digits": "digits", "cifar10": "CIFAR-10"}  # below results/sites, and their titles
 Results = list[dict[str, Any]]
 
 
@@ -197,15 +198,43 @@ def twenty_table() -> list[str]:
     return lines if len(lines) > 2 else ["Not recorded yet."]
 
 
+def read_sites(images: str) -> list[list[dict[str, Any]]]:
+    """Read how sites were compared on some images: for each way to deal out what each seed gave."""
+    files = sorted((RESULTS / "sites" / images).glob("seed*.json"))
+    by_seed = [json.loads(file.read_text())["results"] for file in files]
+    return [list(entries) for entries in zip(*by_seed, strict=True)]
+
+
+def over_seeds(values: Sequence[Sequence[float]]) -> str:
+    """Show means of seeds and their spread; of one seed the spread of its draws."""
+    return show([statistics.mean(each) for each in values] if len(values) > 1 else [*values[0]])
+
+
 def sites_table() -> list[str]:
     """Compare heads from sums with those of all labels in one place."""
-    told = json.loads((RESULTS / "sites_digits.json").read_text())["results"]
-    heads = ("head from sums", "head by rounds", "linear head")
-    lines = head("digits dealt out", "sites", "same predictions, %", *heads[:2], "one place")
-    for entry in told:
-        same = f"{100 * min(entry['agreement']):.1f}"
-        scores = [show(entry[name]["top1"]) for name in heads]
-        lines.append(line(entry["dealt"], entry["sites"], same, *scores))
+    heads = ("head from sums", "head by rounds", "own head at each site", "linear head")
+    names = ("same predictions, %", *heads[:3], "one place")
+    lines = head("images", "dealt out", "sites", *names)
+    for images in SITES:
+        for entries in read_sites(images):
+            same = f"{100 * min(min(entry['agreement']) for entry in entries):.2f}"
+            scores = [over_seeds([entry[name]["top1"] for entry in entries]) for name in heads]
+            first = entries[0]
+            lines.append(line(SITES[images], first["dealt"], first["sites"], same, *scores))
+    return lines
+
+
+def tuned_table() -> list[str]:
+    """Compare encoders that sites tuned with the frozen one."""
+    names = ("fine-tuned by rounds", "tuned encoder, own head at each site")
+    lines = head("images", "dealt out", "frozen, head from sums", *names)
+    for images in SITES:
+        for entries in read_sites(images):
+            if "tuned" not in entries[0]:
+                continue
+            frozen = show([entry["head from sums"]["top1"][0] for entry in entries])
+            tuned = [show([entry["tuned"][name] for entry in entries]) for name in names]
+            lines.append(line(SITES[images], entries[0]["dealt"], frozen, *tuned))
     return lines
 
 
@@ -216,6 +245,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "federations": federations_table,
     "twenty": twenty_table,
     "sites": sites_table,
+    "tuned": tuned_table,
 }
 
 

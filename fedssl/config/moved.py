@@ -63,7 +63,7 @@ def modernize_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]
         short = name.removeprefix("eval.")
         if short.startswith(SUPERVISED):
             new = name.replace(SUPERVISED, "") if chosen == "supervised" else ""
-        elif short == TUNING and chosen != "finetune":
+        elif short == TUNING and "finetune" not in chosen:
             new = ""
         value = OPTIONS.get(name, {}).get(value, value)
         now = f"{sign}{new}{assigned}{value}"

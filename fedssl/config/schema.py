@@ -228,6 +228,7 @@ GROUPS = {
         {
             "fedssl.evaluation.linear.LinearEvaluation": sections.LinearEvaluation,
             "fedssl.sites.evaluation.FederatedEvaluation": sections.FederatedEvaluation,
+            "fedssl.sites.finetune.FederatedFineTuning": sections.FederatedFineTuning,
             "fedssl.evaluation.finetune.FineTuning": sections.FineTuning,
             "fedssl.evaluation.supervised.SupervisedTraining": sections.SupervisedTraining,
         },

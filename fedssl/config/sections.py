@@ -352,17 +352,32 @@ class LinearEvaluation(Evaluation):
     knn_neighbors: int = Field(default=10, ge=1, description="of the kNN beside it")
 
 
-class FederatedEvaluation(Evaluation):
-    """Labels stay at the sites: heads from sums and by rounds, scored where the images are."""
+class EvaluationAtSites(Evaluation):
+    """Labels stay at the sites."""
 
-    epochs: int = Field(default=20, ge=1, description="rounds of the head that FedAvg trains")
     batch_size: int = Field(default=16, ge=1, description="labelled images per step")
-    learning_rate: float = Field(gt=0, description="of that head, on standardized features")
+    learning_rate: float = Field(gt=0, description="of a head that is trained by rounds")
     weight_decay: float = Field(ge=0, description="of that head")
     min_images: int = Field(
         default=2, ge=1, description="of a class at a site, for its sum to leave the site"
     )
     folds: int = Field(default=10, ge=2, description="of sites, which choose the decay from sums")
+
+
+class FederatedEvaluation(EvaluationAtSites):
+    """Labels stay at the sites: heads from sums and by rounds, scored where the images are."""
+
+    epochs: int = Field(default=20, ge=1, description="rounds of the head that FedAvg trains")
+
+
+class FederatedFineTuning(EvaluationAtSites):
+    """Labels stay at the sites, which tune the encoder with its head by FedAvg."""
+
+    rounds: int = Field(default=5, ge=1, description="of FedAvg")
+    epochs: int = Field(
+        default=4, ge=1, description="passes over the labelled images of each site in a round"
+    )
+    encoder_learning_rate: float = Field(default=0.001, gt=0, description="of the encoder")
 
 
 class FineTuning(LinearEvaluation):

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from fedssl.evaluation.base import Evaluation, EvaluationData
+from fedssl.evaluation.features import LogitsOf, view_logits
 from fedssl.networks.encoder import Encoder
 
-LogitsOf = Callable[[Tensor], Tensor]  # rows, int64 (B,), to logits (B, num_classes)
 # Trains an encoder in place on the labelled rows of a seed; gives the head on it.
 TrainNetwork = Callable[[Encoder, EvaluationData, np.ndarray, int], nn.Linear]
 
@@ -72,9 +72,7 @@ def zero_linear(features: int, classes: int, device: torch.device) -> nn.Linear:
 def put_head(
     encoder: Encoder, data: EvaluationData, rows: np.ndarray, generator: Generator
 ) -> tuple[nn.Linear, LogitsOf, Tensor]:
-    """Put a linear head on an encoder that trains with it.
-
-    Views are cropped, turned and flipped as in training, their colours stay.
+    """Put a linear head on an encoder that trains with it, see `view_logits`.
 
     Args:
         rows: of the labelled training images, int64 (N,).
@@ -87,14 +85,7 @@ def put_head(
     pixels = np.asarray(data.train.pixels[rows])
     targets = torch.from_numpy(data.train.labels[rows]).to(device)
     head = zero_linear(encoder.feature_size, data.num_classes, device)
-    mild = replace(data.views, jitter=0.0, grayscale=0.0, blur=0.0)
-
-    def logits_of(places: Tensor) -> Tensor:
-        batch = torch.from_numpy(pixels[places.numpy()]).to(device)
-        views = mild.two_views(batch, generator)[: len(places)]
-        with data.backend.autocast():
-            return head(encoder(views)).float()
-
+    logits_of = view_logits(encoder, head, pixels, data.views, data.backend, generator)
     return head, logits_of, targets
 
 

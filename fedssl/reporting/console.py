@@ -21,6 +21,7 @@ from fedssl.terminal import can_rewrite, console_on, print_line
 EVALUATIONS = {
     "linear": "Linear evaluation",
     "federated": "Evaluation at the sites",
+    "federated_finetune": "Fine-tuning at the sites",
     "finetune": "Fine-tuning",
     "supervised": "Supervised training from scratch",
 }
@@ -197,6 +198,7 @@ def evaluation_title(result: Mapping[str, Any]) -> str:
     title = EVALUATIONS.get(result["mode"], result["mode"].capitalize())
     title += f" on {result['dataset']}" if "dataset" in result else ""
     epochs = f"{protocol['epochs']} epochs, " if "epochs" in protocol else ""
+    epochs = f"{protocol['rounds']} rounds of {epochs}" if "rounds" in protocol else epochs
     return (
         f"{title}: {100 * protocol['label_fraction']:g} % of the labels "
         f"({result['labelled_images']:,}), {epochs}{count} "
@@ -221,6 +223,12 @@ def print_results(result: Mapping[str, Any]) -> None:
         cells = (f"  {row['encoder']}", row["method"], top1(row))
         table.add_row(*cells, style="headline" if place == 0 else None)
     console_on(sys.stdout).print(table)
+    left_out = (result["rows"][0].get("sites") or [{}])[0].get("left_out")
+    if left_out:
+        print_line(
+            f"Left out for eval.min_images={result['protocol']['min_images']}: "
+            f"{sum(left_out.values())} times a class of a site, at {len(left_out)} sites"
+        )
 
 
 def print_opening(title: str, facts: Mapping[str, str]) -> None:

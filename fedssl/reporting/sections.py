@@ -30,7 +30,6 @@ from fedssl.reporting.figures import (
 from fedssl.runs.directory import RunDirectory
 from fedssl.runs.encoder_file import CLASSIFIER_FILE, read_classes
 from fedssl.runs.metrics import RoundMetrics
-from fedssl.runs.results import FROM_SUMS, TRAINED
 from fedssl.seeding import derive_seed
 
 MIN_MAPPED = 10  # fewer points make no map
@@ -324,11 +323,11 @@ def picture_representation(rounds: Rounds, file: Path) -> Picture:
 
 def picture_sites(run: RunDirectory, file: Path) -> list[Picture]:
     """Draw the last evaluation at the sites, if there was one."""
-    scores = [row for result in run.read_results() for row in result["rows"] if row.get("sites")]
+    rows = [result["rows"][0] for result in run.read_results()]
+    scores = [row for row in rows if row.get("sites")]
     if not scores:
         return []
-    ours = [row for row in scores if row["encoder"].startswith(TRAINED)] or scores
-    told = next((row for row in reversed(ours) if row["method"] == FROM_SUMS), ours[-1])["sites"][0]
+    told = scores[-1]["sites"][0]
     confusion, names = np.array(told["confusion"]), read_classes(run.path / CLASSIFIER_FILE)
     if len(names) != len(confusion):
         names = [str(number) for number in range(len(confusion))]
@@ -338,9 +337,9 @@ def picture_sites(run: RunDirectory, file: Path) -> list[Picture]:
     return [
         Picture(
             "Evaluation at the sites",
-            f"The head from sums on the test images of {len(told['by_site'])} sites: each class "
-            "by what it is taken for, and the share of each site's images that is right"
-            + (f" ({more} more are left out)." if more else "."),
+            f"{scores[-1]['method'].capitalize()}, scored on the test images of "
+            f"{len(told['by_site'])} sites: each class by what it is taken for, and the share of "
+            "each site's images that is right" + (f" ({more} more are left out)." if more else "."),
             file,
         )
     ]

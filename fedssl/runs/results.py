@@ -9,7 +9,10 @@ import numpy as np
 TOP1 = "top-1"
 TRAINED = "federated "  # and the name of the method: whose encoder a score is of
 RANDOM = "random encoder"
+AT_SITES, TUNED_AT_SITES = "federated", "federated_finetune"  # modes
 FROM_SUMS, BY_ROUNDS = "head from sums", "head by rounds"  # at the sites
+TUNED = "fine-tuned by rounds"
+OWN_HEADS = "own head at each site"
 UNRECORDED = {"_target_", "baselines", "feature_batch_size"}  # these decide no score
 
 
@@ -25,6 +28,7 @@ class Score:
         sites: for each draw what the sites of a federation tell beside it.
         head: weight (D, C) and bias (C,) of the first draw's linear head, where one can be
             used; results.json does not hold it.
+        tuned: state of the encoder below that head, where it is not the run's own; likewise.
     """
 
     encoder: str
@@ -34,6 +38,7 @@ class Score:
     encoder_sha256: str | None = None
     sites: list[dict[str, Any]] | None = None
     head: tuple[np.ndarray, np.ndarray] | None = field(default=None, compare=False, repr=False)
+    tuned: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     @property
     def mean(self) -> float:

@@ -3,7 +3,8 @@
 The first step, "classes", tells the names of the classes and how many images have one. The
 second, "features", brings the encoder; the features that it gives stay in Flower's
 `context.state` for the steps that follow, which need no encoder any more: "sums",
-"judge", "train" and "test", see `Site`.
+"judge", "train", "test" and "test-own", see `Site`. The step "tune" stands alone: it brings
+an encoder with its head, and takes them back tuned.
 """
 
 import json
@@ -17,12 +18,12 @@ from torch import Tensor
 
 from fedssl.data.sources.base import NO_LABEL
 from fedssl.federation.messages import ARRAYS, CONFIG, METRICS, read_tensors, write_tensors
-from fedssl.sites.site import HeadSettings, Site, draw_at_site, head_generator
-from fedssl.sites.sums import Head
+from fedssl.sites.site import HeadSettings, Site, TuneSettings, draw_at_site, head_generator
+from fedssl.sites.sums import Head, leave_out_rare
 
 ACTION = "labels"
 LABELS = f"query.{ACTION}"  # type of all messages about labels
-STEP, CLASSES, DRAW = "step", "classes", "draw"  # entries of the config record
+STEP, CLASSES, DRAW, SETTINGS = "step", "classes", "draw", "settings"  # in the config record
 FEATURES = "labelled-features"  # in `context.state`
 WEIGHT, BIAS = "weight", "bias"  # arrays of a head, or of several, one behind the other
 
@@ -47,17 +48,21 @@ class LabelledPart:
 
 
 Metrics = dict[str, int | float | list[int] | list[float]]  # as Flower has them
-Encode = Callable[[Mapping[str, Tensor], np.ndarray], np.ndarray]  # state, pixels -> features
+State = Mapping[str, Tensor]
+Encode = Callable[[State, np.ndarray], np.ndarray]  # state, pixels -> features
+# state of a `Classifying`, pixels, labels, settings, seed, round -> its state after the round
+Tune = Callable[[State, np.ndarray, np.ndarray, TuneSettings, int, int], State]
 
 
 def answer_labels(
-    message: Message, context: Context, site: int, part: LabelledPart, encode: Encode
+    message: Message, context: Context, site: int, part: LabelledPart, encode: Encode, tune: Tune
 ) -> RecordDict:
     """Answer a step.
 
     Args:
         site: its number.
         encode: gives float32 (N, D) of uint8 (N, 3, S, S) by an encoder with some state.
+        tune: trains for a round, see `tune_at_site`.
 
     Raises:
         ValueError: an unknown step, or one whose features are gone.
@@ -69,6 +74,9 @@ def answer_labels(
     if step == "features":
         state = message.content.array_records[ARRAYS].to_torch_state_dict()
         return _keep_features(request, context, site, part, lambda pixels: encode(state, pixels))
+    if step == "tune":
+        state = message.content.array_records[ARRAYS].to_torch_state_dict()
+        return _tune(request, site, part, state, tune)
     draw = int(str(request[DRAW]))
     here = _site_of(context, draw)
     if step == "sums":
@@ -81,16 +89,14 @@ def answer_labels(
         tested = here.test(heads)
         names = ("confusion", "reliability")
         return write({name: np.stack([getattr(each, name) for each in tested]) for name in names})
+    if step == "test-own":
+        (own,) = here.test([here.own_head() or heads[0]])
+        return write({"confusion": own.confusion[None], "reliability": own.reliability[None]})
     if step != "train":
         raise ValueError(f"step={step}: unknown to this version")
     given = read_arrays(message.content, "head")
     epoch, seed = int(str(request["epoch"])), int(str(request["seed"]))
-    settings = HeadSettings(
-        epochs=int(str(request["epochs"])),
-        batch_size=int(str(request["batch-size"])),
-        learning_rate=float(str(request["learning-rate"])),
-        weight_decay=float(str(request["weight-decay"])),
-    )
+    settings = HeadSettings(**json.loads(str(request[SETTINGS])))
     trained = here.train(
         heads[0],
         given["mean"],
@@ -118,8 +124,7 @@ def _keep_features(
     encode: Callable[[np.ndarray], np.ndarray],
 ) -> RecordDict:
     """Encode the images whose labels some draw gives, and the test images."""
-    number_of = {name: number for number, name in enumerate(json.loads(str(request[CLASSES])))}
-    own = [number_of.get(normalize(name), NO_LABEL) for name in part.class_names]
+    classes, own = _number_classes(request, part)
     labels = _translate(part.labels[part.rows], own)
     fraction, seeds = float(str(request["fraction"])), json.loads(str(request["seeds"]))
     draws = [draw_at_site(labels, fraction, seed, site) for seed in seeds]
@@ -129,7 +134,7 @@ def _keep_features(
         "labels": labels[rows],
         "test-features": _encode_some(encode, part.test_pixels, part.test_rows),
         "test-labels": _translate(part.test_labels[part.test_rows], own),
-        "settings": np.array([len(number_of), int(str(request["min-images"]))]),
+        "settings": np.array([classes, int(str(request["min-images"]))]),
     }
     if not all(np.isfinite(value).all() for value in kept.values()):
         raise ValueError("features are not finite")
@@ -140,6 +145,30 @@ def _keep_features(
     tested = int((kept["test-labels"] != NO_LABEL).sum())
     counts: Metrics = {"num-examples": len(draws[0]), "num-tested": tested}
     return RecordDict({METRICS: MetricRecord({**counts, "left-out": left_out})})
+
+
+def _tune(
+    request: ConfigRecord, site: int, part: LabelledPart, state: State, tune: Tune
+) -> RecordDict:
+    """Tune an encoder with its head on the images whose labels a draw gives."""
+    classes, own = _number_classes(request, part)
+    labels = _translate(part.labels[part.rows], own)
+    seed, round_number = int(str(request["seed"])), int(str(request["tune-round"]))
+    drawn = draw_at_site(labels, float(str(request["fraction"])), seed, site)
+    drawn = drawn[leave_out_rare(labels[drawn], classes, int(str(request["min-images"])))[0]]
+    metrics = MetricRecord({"num-examples": len(drawn)})
+    if not len(drawn):
+        return RecordDict({METRICS: metrics})
+    settings = TuneSettings(**json.loads(str(request[SETTINGS])))
+    pixels = np.asarray(part.pixels[part.rows[drawn]])
+    tuned = tune(state, pixels, labels[drawn], settings, seed, round_number)
+    return RecordDict({ARRAYS: ArrayRecord(dict(tuned)), METRICS: metrics})
+
+
+def _number_classes(request: ConfigRecord, part: LabelledPart) -> tuple[int, list[int]]:
+    """Give the number of the federation's classes, and what it numbers this site's by."""
+    number_of = {name: number for number, name in enumerate(json.loads(str(request[CLASSES])))}
+    return len(number_of), [number_of.get(normalize(name), NO_LABEL) for name in part.class_names]
 
 
 def _encode_some(

@@ -12,78 +12,27 @@ from fedssl.evaluation.converged import fit_converged_head
 from fedssl.evaluation.linear import train_linear_head
 from fedssl.networks.encoder import Encoder
 from fedssl.networks.state import state_digest
-from fedssl.runs.results import BY_ROUNDS, FROM_SUMS, Score
+from fedssl.runs.results import AT_SITES, Score
 from fedssl.sites.heads import SiteScores, score_heads, to_score
 from fedssl.sites.site import HeadSettings, LocalSites, Site, deal_like, draw_at_site
 
 
 @dataclass(frozen=True)
-class FederatedEvaluation(ClassifierEvaluation):
-    """Labels stay at the sites: two heads, and the score, from what these add up.
+class EvaluationAtSites(ClassifierEvaluation):
+    """What evaluations share whose labels stay at the sites.
 
     The labels of `label_fraction` are drawn at each site; the test images of a simulation
-    are dealt out by the classes that a site holds. Beside these stand the heads that all
-    drawn labels in one place give.
+    are dealt out by the classes that a site holds.
 
     Attributes:
         min_images: of a class at a site, for its sum to leave it.
         folds: of sites at most, which choose the weight decay of the head from sums.
     """
 
-    mode = "federated"
-    title = "Evaluation at the sites"
     needs_partitions = True
 
     min_images: int
     folds: int
-
-    def run(self, name: str, encoder: Encoder, data: EvaluationData) -> list[Score]:
-        """Score the heads of each draw.
-
-        Raises:
-            UserError: no site draws enough labels of a class.
-            RuntimeError: the encoder changed, which would be a defect.
-        """
-        digest = state_digest(encoder)
-        draws = [self.draw(data, seed) for seed in data.seeds]
-        rows = np.unique(np.concatenate([drawn for each in draws for drawn in each]))
-        features = data.features(encoder, data.train.pixels[rows])
-        test = data.features(encoder, data.test.pixels)
-        scores: dict[str, list[SiteScores]] = {FROM_SUMS: [], BY_ROUNDS: []}
-        central: dict[str, list[float]] = {}
-        for seed, draw in zip(data.seeds, draws, strict=True):
-            banks = [features[np.searchsorted(rows, drawn)] for drawn in draw]
-            sites = self.make_sites(banks, draw, test, data)
-            asked = LocalSites(sites, seed)
-            if not any(len(site.labels) for site in sites.values()):
-                raise UserError(
-                    f"min_images={self.min_images}: no site draws so many labels of a class; "
-                    "lower it, or raise label_fraction"
-                )
-            for what, found in score_heads(asked, self.folds, self.head).items():
-                scores[what].append(found)
-            bank = np.concatenate([site.features for site in sites.values()])
-            labels = np.concatenate([site.labels for site in sites.values()])
-            in_one_place = {
-                "linear head": train_linear_head(bank, labels, data.num_classes, self, seed),
-                "converged head": fit_converged_head(bank, labels, seed),
-            }
-            for what, predict in in_one_place.items():
-                central.setdefault(what, []).append(data.top1(predict(test)))
-        if state_digest(encoder) != digest:
-            raise RuntimeError("the frozen encoder changed during the evaluation")
-        return [
-            *(to_score(name, what, found, digest) for what, found in scores.items()),
-            *(
-                Score(name, f"{what}, labels in one place", values, encoder_sha256=digest)
-                for what, values in central.items()
-            ),
-        ]
-
-    @property
-    def head(self) -> HeadSettings:
-        """How the head by rounds is trained."""
-        return HeadSettings(self.epochs, self.batch_size, self.learning_rate, self.weight_decay)
 
     def count_labelled(self, data: EvaluationData) -> int:
         """Count the labels that all sites draw together."""
@@ -109,10 +58,13 @@ class FederatedEvaluation(ClassifierEvaluation):
         Args:
             banks: features of each site's drawn rows.
             test: features of all test images, (M, D).
+
+        Raises:
+            UserError: no site draws enough labels of a class.
         """
         labels, test_labels = data.train.labels, data.test.labels
         dealt = deal_like(data.partitions, labels, test_labels, data.seeds[0])
-        return {
+        sites = {
             number: Site.of(
                 bank,
                 labels[drawn],
@@ -123,3 +75,79 @@ class FederatedEvaluation(ClassifierEvaluation):
             )
             for number, (bank, drawn, tested) in enumerate(zip(banks, draw, dealt, strict=True))
         }
+        if not any(len(site.labels) for site in sites.values()):
+            raise UserError(
+                f"min_images={self.min_images}: no site draws so many labels of a class; "
+                "lower it, or raise label_fraction"
+            )
+        return sites
+
+    def encode_sites(
+        self,
+        encoder: Encoder,
+        draws: Sequence[Sequence[np.ndarray]],
+        test: np.ndarray,
+        data: EvaluationData,
+    ) -> list[dict[int, Site]]:
+        """Encode the drawn images once, and give the sites of each draw.
+
+        Args: as of `make_sites`, whose errors it raises.
+        """
+        rows = np.unique(np.concatenate([drawn for each in draws for drawn in each]))
+        features = data.features(encoder, data.train.pixels[rows])
+        return [
+            self.make_sites(
+                [features[np.searchsorted(rows, drawn)] for drawn in draw], draw, test, data
+            )
+            for draw in draws
+        ]
+
+
+@dataclass(frozen=True)
+class FederatedEvaluation(EvaluationAtSites):
+    """Two heads, and the score, from what the sites add up; beside them each site's own.
+
+    Below stand the heads that all drawn labels in one place give.
+    """
+
+    mode = AT_SITES
+    title = "Evaluation at the sites"
+
+    def run(self, name: str, encoder: Encoder, data: EvaluationData) -> list[Score]:
+        """Score the heads of each draw.
+
+        Raises:
+            UserError: no site draws enough labels of a class.
+            RuntimeError: the encoder changed, which would be a defect.
+        """
+        digest = state_digest(encoder)
+        test = data.features(encoder, data.test.pixels)
+        draws = [self.draw(data, seed) for seed in data.seeds]
+        scores: dict[str, list[SiteScores]] = {}
+        central: dict[str, list[float]] = {}
+        sites_of_draws = self.encode_sites(encoder, draws, test, data)
+        for seed, sites in zip(data.seeds, sites_of_draws, strict=True):
+            for what, found in score_heads(LocalSites(sites, seed), self.folds, self.head).items():
+                scores.setdefault(what, []).append(found)
+            bank = np.concatenate([site.features for site in sites.values()])
+            labels = np.concatenate([site.labels for site in sites.values()])
+            in_one_place = {
+                "linear head": train_linear_head(bank, labels, data.num_classes, self, seed),
+                "converged head": fit_converged_head(bank, labels, seed),
+            }
+            for what, predict in in_one_place.items():
+                central.setdefault(what, []).append(data.top1(predict(test)))
+        if state_digest(encoder) != digest:
+            raise RuntimeError("the frozen encoder changed during the evaluation")
+        return [
+            *(to_score(name, what, found, digest) for what, found in scores.items()),
+            *(
+                Score(name, f"{what}, labels in one place", values, encoder_sha256=digest)
+                for what, values in central.items()
+            ),
+        ]
+
+    @property
+    def head(self) -> HeadSettings:
+        """How the head by rounds is trained."""
+        return HeadSettings(self.epochs, self.batch_size, self.learning_rate, self.weight_decay)

@@ -1,12 +1,13 @@
 """Heads and scores of a federation, from what its sites answer."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from fedssl.runs.results import BY_ROUNDS, FROM_SUMS, Score
+from fedssl.runs.results import BY_ROUNDS, FROM_SUMS, OWN_HEADS, TUNED, Score
 from fedssl.sites.site import Counts, HeadSettings, Sites, group_sites
 from fedssl.sites.sums import (
     DECAYS,
@@ -23,11 +24,14 @@ class SiteScores:
     """A head, and how well it does on the test images of all sites.
 
     Attributes:
+        head: None where each site has its own.
         sites: what each counted, by its number.
+        left_out: classes that each left out, for want of labelled images.
     """
 
-    head: Head
+    head: Head | None
     sites: Mapping[int, Counts]
+    left_out: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def total(self) -> Counts:
@@ -60,32 +64,50 @@ class SiteScores:
             "spread_over_sites": float(np.std(values, ddof=1)) if len(values) > 1 else None,
             "calibration_error": float(apart / reliability[:, 0].sum()),
             "confusion": total.tolist(),
+            "left_out": {site: count for site, count in self.left_out.items() if count},
         }
 
 
 def score_heads(sites: Sites, folds: int, settings: HeadSettings) -> dict[str, SiteScores]:
-    """Score the head from sums and the one by rounds.
+    """Score the head from sums, the one by rounds, and each site's own.
 
     Raises:
         ValueError: no site has labelled images, or none has test images.
     """
     standardized, head = fit_from_sums(sites, folds)
     trained = train_by_rounds(sites, standardized, settings)
-    return dict(zip((FROM_SUMS, BY_ROUNDS), score(sites, [head, trained]), strict=True))
+    shared = dict(zip((FROM_SUMS, BY_ROUNDS), score(sites, [head, trained]), strict=True))
+    return {**shared, OWN_HEADS: score_own(sites, head)}
 
 
-def to_score(name: str, what: str, draws: Sequence[SiteScores], digest: str) -> Score:
+def score_tuned(sites: Sites, head: Head) -> dict[str, SiteScores]:
+    """Score the tuned head, and each site's own on the tuned encoder's features.
+
+    Raises:
+        ValueError: no site has test images.
+    """
+    (shared,) = score(sites, [head])
+    return {TUNED: shared, f"tuned encoder, {OWN_HEADS}": score_own(sites, head)}
+
+
+def to_score(
+    name: str,
+    what: str,
+    draws: Sequence[SiteScores],
+    digest: str | None = None,
+    tuned: Mapping[str, Tensor] | None = None,
+) -> Score:
     """Make a row of results.json.
 
     Args:
-        name, digest: of the encoder.
+        name, digest: of the encoder; no digest of one that was tuned.
         draws: the scores of each draw of labels.
+        tuned: state of the first draw's encoder, where it was.
     """
     values, told = [each.top1 for each in draws], [each.to_json() for each in draws]
-    head = draws[0].head
-    return Score(
-        name, what, values, encoder_sha256=digest, sites=told, head=(head.weight, head.bias)
-    )
+    shared = draws[0].head
+    head = None if shared is None else (shared.weight, shared.bias)
+    return Score(name, what, values, encoder_sha256=digest, sites=told, head=head, tuned=tuned)
 
 
 def fit_from_sums(sites: Sites, folds: int) -> tuple[Standardized, Head]:
@@ -180,10 +202,26 @@ def score(sites: Sites, heads: Sequence[Head]) -> list[SiteScores]:
     told = sites.test(heads)
     if not any(tested.confusion.sum() for each in told.values() for tested in each):
         raise ValueError("no site has labelled test images")
+    left_out = sites.left_out()
     return [
-        SiteScores(head, {site: each[place] for site, each in told.items()})
+        SiteScores(head, {site: each[place] for site, each in told.items()}, left_out)
         for place, head in enumerate(heads)
     ]
+
+
+def score_own(sites: Sites, shared: Head) -> SiteScores:
+    """Let each site score its own head.
+
+    Args:
+        shared: for sites without labelled images.
+
+    Raises:
+        ValueError: no site has test images.
+    """
+    told = sites.test_own(shared)
+    if not any(tested.confusion.sum() for tested in told.values()):
+        raise ValueError("no site has labelled test images")
+    return SiteScores(None, told, sites.left_out())
 
 
 def add(sums: Iterable[Sums]) -> Sums:

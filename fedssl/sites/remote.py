@@ -2,22 +2,28 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
-from fedssl.federation.guards import check_num_examples, read_metrics, read_replies
-from fedssl.federation.messages import ARRAYS, CONFIG
+from fedssl.federation.guards import (
+    check_num_examples,
+    check_state,
+    read_metrics,
+    read_replies,
+)
+from fedssl.federation.messages import ARRAYS, CONFIG, METRICS
 from fedssl.federation.nodes import Nodes
 from fedssl.runs.metrics import Failure
 from fedssl.sites.answers import (
     CLASSES,
     DRAW,
     LABELS,
+    SETTINGS,
     STEP,
     normalize,
     read_arrays,
@@ -25,8 +31,9 @@ from fedssl.sites.answers import (
     stack_heads,
     write,
 )
-from fedssl.sites.site import Counts, HeadSettings, Sites, Trained
+from fedssl.sites.site import Counts, HeadSettings, Sites, Trained, TuneSettings
 from fedssl.sites.sums import BINS, TEMPERATURES, Head, Judgement, Sums, unpack_sums
+from fedssl.sites.tuning import State, Tuned
 
 Read = TypeVar("Read")
 ConfigValue = str | int | float
@@ -153,7 +160,6 @@ class AtSites:
         seeds: of the draws.
         min_images: of a class at a site, for its sum to leave it.
         folds: of sites at most, which choose the weight decay.
-        head: how the head by rounds is trained.
         round_number: of the checkpoint, which decides the size of the images.
     """
 
@@ -161,49 +167,120 @@ class AtSites:
     seeds: Sequence[int]
     min_images: int
     folds: int
-    head: HeadSettings
     round_number: int
+
+
+class Told(NamedTuple):
+    """What a site tells once it has encoded its images.
+
+    Attributes:
+        labelled: images of the first draw, tested: its test images.
+        left_out: classes with too few labelled images, for each draw.
+    """
+
+    labelled: int
+    tested: int
+    left_out: list[int]
 
 
 def spread_encoder(
     asking: Asking, encoder: Mapping[str, Tensor], classes: Classes, settings: AtSites
-) -> dict[int, tuple[int, int]]:
+) -> dict[int, Told]:
     """Let all sites encode their labelled images.
 
     Args:
         encoder: its state.
 
     Returns:
-        For each site the labelled images of the first draw, and its test images.
+        What each site tells, by its number.
     """
-    config: dict[str, ConfigValue] = {
+    config = _describe(classes, settings) | {"seeds": json.dumps(list(settings.seeds))}
+
+    def read(site: int, content: RecordDict) -> Told:
+        told = read_metrics(content, ("num-examples", "num-tested"))
+        left_out = content.metric_records[METRICS].get("left-out")
+        if not isinstance(left_out, list) or len(left_out) != len(settings.seeds):
+            raise ValueError("the reply does not tell which classes it leaves out")
+        counts = [min(max(int(count), 0), len(classes.keys)) for count in left_out]
+        return Told(int(told["num-examples"]), int(told["num-tested"]), counts)
+
+    return asking.ask("features", read, config, encoder=ArrayRecord(dict(encoder)))
+
+
+def _describe(classes: Classes, settings: AtSites) -> dict[str, ConfigValue]:
+    """Say which labels a site is to use, and by which numbers."""
+    return {
         CLASSES: json.dumps(classes.keys),
         "fraction": settings.fraction,
-        "seeds": json.dumps(list(settings.seeds)),
         "min-images": settings.min_images,
         "server-round": settings.round_number,
     }
 
-    def read(site: int, content: RecordDict) -> tuple[int, int]:
-        told = read_metrics(content, ("num-examples", "num-tested"))
-        return int(told["num-examples"]), int(told["num-tested"])
 
-    return asking.ask("features", read, config, encoder=ArrayRecord(dict(encoder)))
+def tune_remotely(
+    asking: Asking,
+    classes: Classes,
+    settings: AtSites,
+    training: TuneSettings,
+    seed: int,
+    state: State,
+    round_number: int,
+) -> dict[int, Tuned]:
+    """Let all sites tune an encoder with its head for a round.
+
+    Args:
+        seed: of the draw of labels.
+        state: of the `Classifying`.
+        round_number: counted from 0.
+
+    Returns:
+        What those with labelled images answer, by the site's number.
+    """
+    config = _describe(classes, settings) | {
+        "seed": seed,
+        "tune-round": round_number,
+        SETTINGS: json.dumps(asdict(training)),
+    }
+
+    def read(site: int, content: RecordDict) -> Tuned:
+        images = int(read_metrics(content, ("num-examples",))["num-examples"])
+        if not images:
+            return Tuned({}, 0)
+        arrays = content.get(ARRAYS)
+        if not isinstance(arrays, ArrayRecord):
+            raise ValueError("the reply holds no arrays")
+        try:
+            tuned = dict(arrays.to_torch_state_dict())
+        except (TypeError, ValueError, EOFError) as error:
+            raise ValueError(f"arrays can't be read ({error})") from error
+        check_state(tuned, state)
+        return Tuned(tuned, check_num_examples(images))
+
+    found = asking.ask("tune", read, config, encoder=ArrayRecord(dict(state)))
+    return {site: tuned for site, tuned in found.items() if tuned.images}
 
 
 class RemoteSites(Sites):
     """Sites that answer by messages, with one draw of labels."""
 
     def __init__(
-        self, asking: Asking, sites: Sequence[int], draw: int, seed: int, size: int, classes: int
+        self,
+        asking: Asking,
+        told: Mapping[int, Told],
+        draw: int,
+        seed: int,
+        size: int,
+        classes: int,
     ) -> None:
         """Ask those sites that have encoded their images.
 
         Args:
+            told: what each of them told then.
             draw, seed: number and seed of the draw.
             size, classes: D and C, of the heads and of what comes back.
         """
-        self.asking, self.numbers, self.seed = asking, list(sites), seed
+        self.asking, self.numbers, self.seed = asking, sorted(told), seed
+        self._left_out = {site: each.left_out[draw] for site, each in told.items()}
         self.config: dict[str, ConfigValue] = {DRAW: draw}
         self.size, self.classes = size, classes
         self.images: dict[int, int] = {}
@@ -245,10 +322,7 @@ class RemoteSites(Sites):
         config = self.config | {
             "epoch": epoch,
             "seed": self.seed,
-            "epochs": settings.epochs,
-            "batch-size": settings.batch_size,
-            "learning-rate": settings.learning_rate,
-            "weight-decay": settings.weight_decay,
+            SETTINGS: json.dumps(asdict(settings)),
         }
 
         def read(site: int, content: RecordDict) -> Trained:
@@ -265,6 +339,17 @@ class RemoteSites(Sites):
 
     def test(self, heads: Sequence[Head]) -> dict[int, list[Counts]]:
         """Ask for counts over the test images."""
+        return self._count("test", heads)
+
+    def test_own(self, shared: Head) -> dict[int, Counts]:
+        """Ask for counts over the test images, by each site's own head."""
+        return {site: counts for site, (counts,) in self._count("test-own", [shared]).items()}
+
+    def left_out(self) -> dict[int, int]:
+        """Give what the sites told."""
+        return {site: self._left_out[site] for site in self.numbers}
+
+    def _count(self, step: str, heads: Sequence[Head]) -> dict[int, list[Counts]]:
         shapes: dict[str, tuple[int, ...]] = {
             "confusion": (len(heads), self.classes, self.classes),
             "reliability": (len(heads), BINS, 3),
@@ -278,7 +363,7 @@ class RemoteSites(Sites):
             return list(map(Counts, told["confusion"], told["reliability"]))
 
         arrays = dict.fromkeys(self.numbers, stack_heads(heads))
-        return self.asking.ask("test", read, self.config, arrays)
+        return self.asking.ask(step, read, self.config, arrays)
 
 
 def read_counts(

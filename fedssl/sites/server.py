@@ -1,49 +1,111 @@
 """The server's side of an evaluation at the sites."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor
 
 from fedssl.networks.encoder import Encoder
 from fedssl.networks.state import state_digest
-from fedssl.runs.results import BY_ROUNDS, FROM_SUMS, Score
-from fedssl.sites.heads import SiteScores, score_heads, to_score
-from fedssl.sites.remote import Asking, AtSites, Classes, RemoteSites, spread_encoder
+from fedssl.runs.results import FROM_SUMS, TUNED, Score
+from fedssl.sites.heads import SiteScores, fit_from_sums, score, score_heads, score_tuned, to_score
+from fedssl.sites.remote import (
+    Asking,
+    AtSites,
+    Classes,
+    RemoteSites,
+    Told,
+    spread_encoder,
+    tune_remotely,
+)
+from fedssl.sites.site import HeadSettings, TuneSettings
+from fedssl.sites.tuning import begin_with, take_apart, tune_by_rounds
 
 
-@dataclass(frozen=True)
-class Counted:
-    """How many images took part: labelled ones of the first draw, and test images."""
+class Evaluated(NamedTuple):
+    """Scores, and how many images took part: labelled ones of the first draw, and test images."""
 
+    scores: list[Score]
     labelled: int
     tested: int
 
 
 def evaluate_encoder(
-    asking: Asking, name: str, encoder: Encoder, classes: Classes, settings: AtSites
-) -> tuple[list[Score], Counted]:
-    """Score both heads on an encoder, at all sites that answer.
+    asking: Asking,
+    name: str,
+    encoder: Encoder,
+    classes: Classes,
+    settings: AtSites,
+    training: HeadSettings,
+) -> Evaluated:
+    """Score the heads on a frozen encoder, at all sites that answer.
 
     Args:
         name: of the encoder, for the scores.
+        training: of the head by rounds.
 
     Raises:
-        RuntimeError: no site has labelled images, or none has test images.
+        ValueError: no site has labelled images, or none has test images.
     """
-    state = {key: value.detach().cpu() for key, value in encoder.state_dict().items()}
-    counts = spread_encoder(asking, state, classes, settings)
-    shape = encoder.feature_size, len(classes.keys)
-    scores: dict[str, list[SiteScores]] = {FROM_SUMS: [], BY_ROUNDS: []}
+    told = spread_encoder(asking, _state_of(encoder), classes, settings)
+    scores: dict[str, list[SiteScores]] = {}
     for draw, seed in enumerate(settings.seeds):
-        sites = RemoteSites(asking, sorted(counts), draw, seed, *shape)
-        try:
-            found = score_heads(sites, settings.folds, settings.head)
-        except ValueError as error:
-            raise RuntimeError(f"{error}{describe_failures(asking)}") from error
-        for what, each in found.items():
-            scores[what].append(each)
-    labelled, tested = (sum(each) for each in zip(*counts.values(), strict=True))
+        sites = RemoteSites(asking, told, draw, seed, encoder.feature_size, len(classes.keys))
+        for what, found in score_heads(sites, settings.folds, training).items():
+            scores.setdefault(what, []).append(found)
     digest = state_digest(encoder)
     rows = [to_score(name, what, found, digest) for what, found in scores.items()]
-    return rows, Counted(labelled, tested)
+    return Evaluated(rows, *_count(told))
+
+
+def tune_encoder(
+    asking: Asking,
+    name: str,
+    encoder: Encoder,
+    classes: Classes,
+    settings: AtSites,
+    training: TuneSettings,
+) -> Evaluated:
+    """Tune an encoder with its head at all sites that answer, and score both.
+
+    Args: as of `evaluate_encoder`, whose errors it raises.
+    """
+    state, shape = _state_of(encoder), (encoder.feature_size, len(classes.keys))
+    told = spread_encoder(asking, state, classes, settings)
+    heads, frozen = [], []
+    for draw, seed in enumerate(settings.seeds):
+        sites = RemoteSites(asking, told, draw, seed, *shape)
+        _, head = fit_from_sums(sites, settings.folds)
+        heads.append(head)
+        frozen += score(sites, [head])
+    scores: dict[str, list[SiteScores]] = {}
+    first: Mapping[str, Tensor] = {}
+    for seed, head in zip(settings.seeds, heads, strict=True):
+        ask = partial(tune_remotely, asking, classes, settings, training, seed)
+        tuned = tune_by_rounds(begin_with(state, head), training.rounds, ask)
+        tuned_state, tuned_head = take_apart(tuned)
+        again = spread_encoder(asking, tuned_state, classes, replace(settings, seeds=[seed]))
+        sites = RemoteSites(asking, again, 0, seed, *shape)
+        for what, found in score_tuned(sites, tuned_head).items():
+            scores.setdefault(what, []).append(found)
+        first = first or tuned_state
+    scores[FROM_SUMS] = frozen
+    rows = [
+        to_score(name, what, found, tuned=first if what == TUNED else None)
+        for what, found in scores.items()
+    ]
+    return Evaluated(rows, *_count(told))
+
+
+def _state_of(encoder: Encoder) -> dict[str, Tensor]:
+    return {name: value.detach().cpu() for name, value in encoder.state_dict().items()}
+
+
+def _count(told: Mapping[int, Told]) -> tuple[int, int]:
+    """Add up labelled and test images of all sites."""
+    return sum(each.labelled for each in told.values()), sum(each.tested for each in told.values())
 
 
 def describe_failures(asking: Asking) -> str:

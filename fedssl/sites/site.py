@@ -16,7 +16,16 @@ from torch import Generator
 
 from fedssl.data.sources.base import NO_LABEL
 from fedssl.seeding import derive_seed, generator_for
-from fedssl.sites.sums import BINS, Head, Judgement, Sums, add_up, leave_out_rare
+from fedssl.sites.sums import (
+    BINS,
+    Head,
+    Judgement,
+    Standardized,
+    Sums,
+    add_up,
+    choose_decay_alone,
+    leave_out_rare,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,32 @@ class HeadSettings:
     def rate(self, epoch: int) -> float:
         """Give the rate of an epoch, counted from 0."""
         return float(self.learning_rate * (1 + np.cos(np.pi * epoch / self.epochs)) / 2)
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """How an encoder is tuned together with its head.
+
+    Attributes:
+        rounds: of FedAvg.
+        epochs: passes over the labelled images of each site in a round.
+        batch_size: labelled images per step.
+        learning_rate, weight_decay: of the head.
+        encoder_learning_rate: of the encoder, which has no weight decay. Both rates fall to
+            zero along a cosine over all rounds.
+    """
+
+    rounds: int
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    encoder_learning_rate: float
+
+    def rate_factor(self, round_number: int, epoch: int) -> float:
+        """Give the share of the rates in an epoch of a round, both counted from 0."""
+        progress = (round_number + epoch / self.epochs) / self.rounds
+        return float((1 + np.cos(np.pi * progress)) / 2)
 
 
 @dataclass(frozen=True)
@@ -86,6 +121,17 @@ class Site:
     def judge(self, heads: Sequence[Head]) -> Judgement:
         """Judge heads by the labelled images."""
         return Judgement.of(heads, self.features, self.labels)
+
+    def own_head(self) -> Head | None:
+        """Fit a head on the labelled images of this site alone; None without any.
+
+        It is the one from sums of a federation of this site only, and never leaves it.
+        """
+        if not len(self.labels):
+            return None
+        standardized = Standardized.of(self.sums())
+        head = standardized.solve(choose_decay_alone(standardized))
+        return head.sharpened(self.judge([head]).temperature(0))
 
     def test(self, heads: Sequence[Head]) -> list["Counts"]:
         """Count what each head makes of the test images."""
@@ -186,6 +232,18 @@ class Sites(ABC):
     def test(self, heads: Sequence[Head]) -> dict[int, list[Counts]]:
         """Ask what each head makes of the test images."""
 
+    @abstractmethod
+    def test_own(self, shared: Head) -> dict[int, Counts]:
+        """Ask what each site's own head makes of its test images.
+
+        Args:
+            shared: for sites without labelled images.
+        """
+
+    @abstractmethod
+    def left_out(self) -> dict[int, int]:
+        """Tell of each site how many classes it leaves out, for want of images."""
+
 
 class LocalSites(Sites):
     """Sites whose features are all in this process, as in a simulation."""
@@ -222,6 +280,16 @@ class LocalSites(Sites):
     def test(self, heads: Sequence[Head]) -> dict[int, list[Counts]]:
         """Test at each site."""
         return {number: site.test(heads) for number, site in self.sites.items()}
+
+    def test_own(self, shared: Head) -> dict[int, Counts]:
+        """Test each site by its own head."""
+        return {
+            number: site.test([site.own_head() or shared])[0] for number, site in self.sites.items()
+        }
+
+    def left_out(self) -> dict[int, int]:
+        """Count at each site."""
+        return {number: len(site.left_out) for number, site in self.sites.items()}
 
 
 def head_generator(seed: int, epoch: int, site: int) -> Generator:

@@ -190,11 +190,14 @@ def test_a_run_is_evaluated_at_its_sites(digits, dealt):
     assert [score.method for score in scores] == [
         "head from sums",
         "head by rounds",
+        "own head at each site",
         "linear head, labels in one place",
         "converged head, labels in one place",
     ]
-    from_sums, _, linear, converged = (score.mean for score in scores)
+    from_sums, _, own, linear, converged = (score.mean for score in scores)
     assert from_sums > max(linear, converged) - 0.05
+    assert (own > from_sums) == (dealt == "two classes")  # two classes are easier than ten
+    assert scores[2].head is None
     assert EVALUATION.count_labelled(data) == pytest.approx(143, abs=3)
     assert len(scores[0].sites) == 2
     assert np.sum(scores[0].sites[0]["confusion"]) == len(digits.test.labels)
@@ -204,6 +207,37 @@ def test_a_run_is_evaluated_at_its_sites(digits, dealt):
 def test_scores_of_no_images_are_zero():
     tested = Counts(np.zeros((2, 2), dtype=int), np.zeros((10, 3)))
     assert SiteScores(None, {0: tested}).top1 == 0
+
+
+def test_the_own_head_of_a_single_site_is_the_one_from_sums(rng):
+    site = make_site(*make_features(rng, 100), make_features(rng, 50))
+    alone = LocalSites({0: site}, seed=0)
+    _, head = fit_from_sums(alone, folds=10)
+    assert np.array_equal(site.own_head().weight, head.weight)
+    assert np.array_equal(alone.test_own(head)[0].confusion, site.test([head])[0].confusion)
+
+
+def test_a_site_without_labels_is_scored_by_the_shared_head(rng):
+    features, labels = make_features(rng, 100)
+    test = make_features(rng, 50)
+    bare = make_site(features[:0], labels[:0], test)
+    sites = LocalSites({0: make_site(features, labels, test), 1: bare}, seed=0)
+    _, head = fit_from_sums(sites, folds=10)
+    assert bare.own_head() is None
+    assert np.array_equal(sites.test_own(head)[1].confusion, bare.test([head])[0].confusion)
+    one_class = make_site(features[labels == 1], labels[labels == 1], test)
+    assert (one_class.own_head().predict(features) == 1).all()
+
+
+def test_what_is_left_out_is_counted_by_site(rng):
+    features, labels = make_features(rng, 6)
+    labels[:] = [0, 0, 1, 2, 2, 2]
+    given = features, labels, features, labels, CLASSES
+    sites = {number: Site.of(*given, min_images=least) for number, least in enumerate((1, 2, 3))}
+    asked = LocalSites(sites, seed=0)
+    assert asked.left_out() == {0: 0, 1: 1, 2: 2}
+    (scores,) = score(asked, [fit_from_sums(asked, folds=10)[1]])
+    assert scores.to_json()["left_out"] == {1: 1, 2: 2}
 
 
 def test_too_few_labels_at_every_site_get_a_line(digits):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import create_run
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from PIL import Image
 
 import utils
@@ -16,7 +16,8 @@ from fedssl.config.compose import load_config
 from fedssl.errors import UserError
 from fedssl.evaluation.base import EvaluationData
 from fedssl.federation.local_grid import LocalGrid
-from fedssl.federation.messages import read_tensors, write_tensors
+from fedssl.federation.messages import pack_arrays, read_tensors, unpack_arrays, write_tensors
+from fedssl.networks.state import state_digest
 from fedssl.runs.checkpoints import Checkpoint, save_checkpoint
 from fedssl.runs.encoder_file import CLASSIFIER_FILE, load_encoder
 from fedssl.runs.metrics import RoundMetrics
@@ -92,7 +93,7 @@ def test_messages_give_the_scores_of_one_process(settled, digits):
     assert isinstance(data, EvaluationData)
     method = build_method(trained, torch.device("cpu"))
     expected = evaluation.run("federated SimCLR", method.encoder, data)
-    for ours, theirs in zip(result.rows[:2], expected, strict=False):
+    for ours, theirs in zip(result.rows[:3], expected, strict=False):
         assert (ours.encoder, ours.method, ours.top1) == (
             theirs.encoder,
             theirs.method,
@@ -104,7 +105,7 @@ def test_messages_give_the_scores_of_one_process(settled, digits):
     assert result.labelled_images == evaluation.count_labelled(data)
     (recorded,) = run.read_results()
     assert recorded == json.loads(json.dumps(result.to_json()))
-    assert [row.encoder for row in result.rows][2:] == ["random encoder"] * 2
+    assert [row.encoder for row in result.rows][3:] == ["random encoder"] * 3
     trained_head = load_encoder(run.path / CLASSIFIER_FILE)
     assert list(trained_head.classifier.classes) == digits.class_names
     pixels = np.array(digits.test.pixels)
@@ -113,6 +114,70 @@ def test_messages_give_the_scores_of_one_process(settled, digits):
     assert data.top1(predicted) == result.rows[0].top1[0]
     largest = max(size for step, size in grid.sent if step in ("sums", "judge", "test"))
     assert largest <= 2e6  # bytes of a message and its answer, with 512 features
+
+
+def test_tuning_by_messages_is_that_of_one_process(settled, digits):
+    run, config = settled
+    tuning = load_config("config", ["eval=federated_finetune", "eval.label_fraction=0.05"]).eval
+    config.eval = tuning
+    config.eval.seeds, config.eval.rounds, config.eval.epochs = 2, 2, 1
+    config.eval.baselines = False
+    said = []
+    result = evaluate_at_sites(config, Grid(config), said.append)
+    trained = run.load_config()
+    backend = utils.choose_backend("float32")
+    evaluation, data = open_evaluation(config.eval, trained, digits, 1, backend)
+    encoder = build_method(trained, torch.device("cpu")).encoder
+    digest = state_digest(encoder)
+    expected = evaluation.run("federated SimCLR", encoder, data)
+    assert state_digest(encoder) == digest
+    names = ["fine-tuned by rounds", "tuned encoder, own head at each site", "head from sums"]
+    for ours, theirs, name in zip(result.rows, expected, names, strict=True):
+        assert (ours.method, ours.top1) == (name, theirs.top1)
+        assert ours.sites == json.loads(json.dumps(theirs.sites)) or ours.sites == theirs.sites
+    left_out = result.rows[0].sites[0]["left_out"]
+    assert left_out
+    for site, count in left_out.items():
+        line = f"partition {site} leaves out {count} of 10 classes, with fewer labelled images"
+        assert any(line in each for each in said)
+    kept = load_encoder(run.path / CLASSIFIER_FILE)
+    assert state_digest(kept.encoder) != digest
+    features = torch.from_numpy(data.features(kept.encoder, np.array(digits.test.pixels)))
+    predicted = kept.classifier.probabilities(features).argmax(dim=1).numpy()
+    assert data.top1(predicted) == result.rows[0].top1[0]
+
+
+TUNED_NONSENSE = {
+    "lost": (lambda arrays: arrays.popitem(), "is missing"),
+    "endless": (
+        lambda arrays: arrays.update({"head.bias": Array(np.full(10, np.inf, np.float32))}),
+        "'head.bias' is not finite",
+    ),
+    "long": (
+        lambda arrays: arrays.update({"head.bias": Array(np.zeros(11, np.float32))}),
+        "'head.bias' has shape (11,)",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TUNED_NONSENSE)
+def test_a_tuned_encoder_that_cannot_be_is_not_averaged(settled, kind):
+    _, config = settled
+    config.eval = load_config("config", ["eval=federated_finetune"]).eval
+    config.eval.seeds, config.eval.rounds, config.eval.epochs = 1, 1, 1
+    config.eval.baselines = False
+    how, message = TUNED_NONSENSE[kind]
+    said = []
+
+    def tamper(step, site, reply):
+        if (step, site) == ("tune", 1):
+            arrays = dict(unpack_arrays(reply.content["arrays"]))
+            how(arrays)
+            reply.content["arrays"] = pack_arrays(ArrayRecord(arrays))
+
+    result = evaluate_at_sites(config, Grid(config, tamper), said.append)
+    assert any("client 1: " in line and message in line for line in said), said
+    assert set(result.rows[0].sites[0]["by_site"]) == {0, 1, 2}  # its test images still count
 
 
 def test_a_site_that_lies_is_named_and_left_out(settled):
@@ -247,4 +312,4 @@ def test_a_site_that_lost_its_features_says_so():
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
     asked = RecordDict({"config": ConfigRecord({"step": "test", "draw": 0})})
     with pytest.raises(ValueError, match="lost its features; evaluate once more"):
-        answer_labels(Message(asked, 1, LABELS), context, 0, None, None)
+        answer_labels(Message(asked, 1, LABELS), context, 0, None, None, None)
