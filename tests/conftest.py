@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
 
-LONGEST = ("test_deployment", "test_main", "test_rounds", "test_page", "test_resume")
+LONGEST = ("test_deployment", "test_labels", "test_main", "test_rounds", "test_page", "test_resume")
 
 
 def pytest_collection_modifyitems(items):

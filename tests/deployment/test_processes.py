@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from deployment.test_deployment import Place
+from deployment.place import Place
 
 from benchmarks.performance.simulation import descendants
 from fedssl.deployment.control import Control, FollowedRun
