@@ -109,6 +109,31 @@ for count in COUNTS_OF_20[1:]:  # with the compute of so many clients
         (f"num_clients={20 // count}", "participants=[0]", *steps_of(count)),
     )
 
+# Every method in the federations of five: title in the table, and overrides.
+METHODS: dict[str, tuple[str, Sequence[str]]] = {
+    "simclr": ("SimCLR", ()),
+    "vicreg": ("VICReg", ("method=vicreg",)),
+    "barlow_twins": ("Barlow Twins", ("method=barlow_twins",)),
+    "moco": ("MoCo", ("method=moco",)),
+    "simsiam": ("SimSiam", ("method=simsiam",)),
+    "byol": ("BYOL", ("method=byol",)),
+    "fedbyol": ("FedBYOL: the target averaged, too", ("method=byol", "method.share_target=true")),
+    "fedu": ("BYOL, FedU", ("method=byol", "receive=fedu")),
+    "fedema": ("BYOL, FedEMA", ("method=byol", "receive=fedema")),
+}
+SPLITS: dict[str, tuple[str, Sequence[str]]] = {  # run of SimCLR, and how images are dealt out
+    "iid": ("federation/five", ()),
+    "two-classes": ("federation/two-classes", TWO_CLASSES),
+}
+
+
+def method_run(method: str, split: str) -> str:
+    """Name the run of a method in the federation of five, or on digits."""
+    if method == "simclr":
+        return "digits_bfloat16" if split == "digits" else SPLITS[split][0]
+    return f"methods/{split}-{method}"
+
+
 # Beside the budget of cifar10_cpu what a federation stands between: as many steps one after the
 # other on a fifth of the images, and all images with the steps of both clients of a round.
 BETWEEN = ("experiment=cifar10_cpu", "strategy.fraction_train=1", "eval.baselines=false")
@@ -147,10 +172,18 @@ RUNS |= {
     f"federation/{name}": ["experiment=cifar10_sweep", *overrides, "eval.baselines=false"]
     for name, (_, overrides) in FEDERATIONS.items()
 }
+for method, (_, overrides) in METHODS.items():
+    if method == "simclr":  # its runs are among those above
+        continue
+    for split, (_, dealt) in SPLITS.items():
+        given = [*overrides, *dealt, "eval.baselines=false"]
+        RUNS[method_run(method, split)] = ["experiment=cifar10_sweep", *given]
+    RUNS[method_run(method, "digits")] = list(overrides)
 # The budgets take long, and the other strategies get more seeds once a first one helps.
 ONE_SEED = {*BUDGETS} | {
     f"sweep/{name}" for name in ("short-first-rounds", "two-classes-fedprox", "fedadam")
 }
+ONE_SEED |= {name for name in RUNS if name.startswith("methods/digits-")}
 # Evaluations besides that of main.py, by run.
 EVALUATIONS: dict[str, list[list[str]]] = {
     f"sweep/{FIRST}": [

@@ -14,7 +14,14 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from benchmarks.accuracy.recorded import COMPARED, COUNTS_OF_20, FEDERATIONS
+from benchmarks.accuracy.recorded import (
+    COMPARED,
+    COUNTS_OF_20,
+    FEDERATIONS,
+    METHODS,
+    SPLITS,
+    method_run,
+)
 from fedssl.env import ROOT
 
 RESULTS = ROOT / "results"
@@ -186,16 +193,48 @@ def twenty_table() -> list[str]:
         "the same compute: their images in one place",
     )
 
-    def both(name: str) -> str:
-        linear, _, knn = scores_of(f"federation/{name}")
-        return f"{linear} / {knn}" if linear else ""
-
-    alone = both("of-20-1")
+    alone = both_scores("federation/of-20-1")
     for count in COUNTS_OF_20:
-        same = (both(f"of-20-{how}-{count}") for how in ("steps", "together"))
-        if found := both(f"of-20-{count}"):
+        same = (both_scores(f"federation/of-20-{how}-{count}") for how in ("steps", "together"))
+        if found := both_scores(f"federation/of-20-{count}"):
             lines.append(line(count, found, alone, *(same if count > 1 else (alone, alone))))
     return lines if len(lines) > 2 else ["Not recorded yet."]
+
+
+def methods_table() -> list[str]:
+    """Compare methods in the federations of five and on digits, as far as they are recorded."""
+    names = ("head / kNN", "rank", "two classes: head / kNN", "rank", "digits: head / kNN")
+    lines = head("", *names, "MB each", "seeds")
+    for method, (title, _) in METHODS.items():
+        even, uneven, digits = (method_run(method, split) for split in (*SPLITS, "digits"))
+        cells = [both_scores(even), last_rank(even), both_scores(uneven), last_rank(uneven)]
+        cells.append(both_scores(digits, 1))
+        if any(cells):
+            moved = cost_columns(even)[2] if cells[0] else ""
+            counts = dict.fromkeys(str(len(read_seeds(run))) for run in (even, uneven))
+            lines.append(line(title, *cells, moved, ", ".join(counts)))
+    return lines
+
+
+def both_scores(run: str, count: int | None = None) -> str:
+    """Show a run's linear head and kNN, of the first so many seeds; nothing if there is none.
+
+    Records older than other methods call every one of them SimCLR.
+    """
+    seeds = read_seeds(run)[:count]
+    if not seeds:
+        return ""
+    name = seeds[0][0]["rows"][0]["encoder"]
+    return " / ".join(cell(seeds, name, what) for what in ("linear head", "kNN"))
+
+
+def last_rank(run: str) -> str:
+    """Show the effective rank of the projections after the last round, the mean over the seeds."""
+    files = sorted((RESULTS / run).glob("seed*/metrics.jsonl"))
+    if not files:
+        return ""
+    ranks = [json.loads(file.read_text().splitlines()[-1])["effective_rank"] for file in files]
+    return f"{statistics.mean(ranks):.0f}"
 
 
 def read_sites(images: str) -> list[list[dict[str, Any]]]:
@@ -244,6 +283,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "comparison": comparison_table,
     "federations": federations_table,
     "twenty": twenty_table,
+    "methods": methods_table,
     "sites": sites_table,
     "tuned": tuned_table,
 }
