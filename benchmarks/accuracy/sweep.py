@@ -55,7 +55,9 @@ def needs_path(name: str) -> bool:
     return any(override.startswith("experiment=cifar10") for override in RUNS[name])
 
 
-def run_one(name: str, seed: int, path: str, scratch: Path, jobs: int = 1) -> None:
+def run_one(
+    name: str, seed: int, path: str, scratch: Path, jobs: int = 1, keep: Path | None = None
+) -> None:
     """Train and evaluate one run, then put its record in place as a whole.
 
     After an interruption it goes on with the first command that was not finished,
@@ -63,6 +65,7 @@ def run_one(name: str, seed: int, path: str, scratch: Path, jobs: int = 1) -> No
 
     Args:
         jobs: how many runs share the machine.
+        keep: folder for the run's whole directory, its checkpoints too; None drops it.
     """
     output = scratch / name / f"seed{seed}"
     run, finished = output / "run", output / "commands.json"
@@ -81,6 +84,8 @@ def run_one(name: str, seed: int, path: str, scratch: Path, jobs: int = 1) -> No
         told.append({"command": line, "wall_s": round(wall, 1), **shared})
         finished.write_text(json.dumps(told, indent=2) + "\n")
     keep_record(run, RESULTS / name / f"seed{seed}", told)
+    if keep:
+        shutil.copytree(run, keep / name / f"seed{seed}", dirs_exist_ok=True)
     shutil.rmtree(output)
 
 
@@ -124,6 +129,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="names of runs, seedN, or both")
     parser.add_argument("--list", action="store_true", help="only tell what is missing")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its cores")
+    parser.add_argument("--keep", type=Path, help="keep whole runs, with checkpoints, below this")
     parser.add_argument("--scratch", type=Path, default=ROOT / "outputs" / "sweep")
     given = parser.parse_args()
     known = {*RUNS, *(f"seed{seed}" for seed in SEEDS)}
@@ -140,7 +146,8 @@ def main() -> None:
     # The processes that a thread starts have its cores.
     pool = ThreadPoolExecutor(given.jobs, initializer=lambda: os.sched_setaffinity(0, next(shares)))
     try:
-        runs = [pool.submit(run_one, *run, path, given.scratch, given.jobs) for run in left]
+        shared = path, given.scratch, given.jobs, given.keep
+        runs = [pool.submit(run_one, *run, *shared) for run in left]
         for run in runs:
             run.result()
     finally:

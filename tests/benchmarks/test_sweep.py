@@ -92,7 +92,7 @@ def test_only_cifar10_needs_a_path(tmp_path, monkeypatch, capsys):
 def test_runs_at_a_time_have_cores_of_their_own(tmp_path, monkeypatch):
     cores, seen = sorted(os.sched_getaffinity(0)), {}
 
-    def look(name, seed, path, scratch, jobs):
+    def look(name, seed, path, scratch, jobs, keep):
         seen.setdefault(frozenset(os.sched_getaffinity(0)), []).append(seed)
         time.sleep(0.2)
 
