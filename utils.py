@@ -38,6 +38,7 @@ from fedssl.federation.resources import (
 )
 from fedssl.federation.rounds import Federation, OnRound, ProgressCallback, RoundSettings
 from fedssl.federation.statistics import whole_statistics
+from fedssl.federation.weights import Weighting
 from fedssl.methods.base import Method
 from fedssl.networks.encoder import Encoder, EncoderSettings, stem_for
 from fedssl.networks.state import load_state
@@ -382,6 +383,7 @@ def build_federation(
         num_rounds=config.num_rounds,
         min_results=config.min_results,
         max_update_ratio=config.max_update_ratio or 0,
+        weighting=Weighting(config.weighting, config.max_weight_ratio or 0),
         keep_checkpoints=config.keep_checkpoints,
         projection_size=config.model.projection_size,
         recompute_statistics=config.train.statistics == "recomputed",

@@ -6,7 +6,7 @@ import os
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from federation.test_rounds import FAST, ShuffledGrid
+from federation.shuffled import FAST, ShuffledGrid
 from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp

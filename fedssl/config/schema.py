@@ -74,6 +74,14 @@ class MainSettings(Section):
         ge=1,
         description="reject updates so many times longer than the median's; null: none",
     )
+    weighting: Literal["images", "equal"] = Field(
+        default="images", description="what a client counts by in averages; equal: all alike"
+    )
+    max_weight_ratio: float | None = Field(
+        default=10,
+        ge=1,
+        description="a client counts for so many times the median's images at most; null: for all",
+    )
     held_out: float = Field(
         default=0.1, gt=0, le=0.5, description="share of a client's images for its loss"
     )

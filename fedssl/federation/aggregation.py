@@ -69,7 +69,7 @@ def aggregate(
     state: Mapping[str, Tensor],
     names: Sequence[str],
 ) -> dict[str, Tensor]:
-    """Let the strategy combine the replies; average, by samples, what it does not act on.
+    """Let the strategy combine the replies; average, by weight, what it does not act on.
 
     Args:
         state: of the global model.
@@ -81,7 +81,7 @@ def aggregate(
     Raises:
         RuntimeError: the strategy gives no result.
     """
-    weights = np.array([update.num_examples for update in updates], dtype=np.float64)
+    weights = np.array([update.weight for update in updates], dtype=np.float64)
     weights /= weights.sum()
     result: dict[str, np.ndarray] = {}
     for name in state.keys() - set(names):

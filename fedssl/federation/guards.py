@@ -22,6 +22,7 @@ EXTRA = ("unreadable-images", "cores")  # whole numbers that clients may tell
 EVALUATED = ("num-examples", "eval-loss", *REPRESENTATION)
 Read = TypeVar("Read")
 MAX_EXAMPLES = 2**40  # more images than any client holds
+MAX_COUNT = 2**40  # of batches, and whatever else a model counts
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Update:
     """A client's usable reply.
 
     Attributes:
-        num_examples: images that it trained or evaluated on.
+        num_examples: images that it says it trained or evaluated on.
+        weight: of it in averages, see `Weighting`.
         state: of its model; empty where an evaluation was asked for.
         update_norm: Euclidean length of the way from the global parameters to its own.
         cosine: between its update and the sum of the others' updates.
@@ -40,6 +42,7 @@ class Update:
     metrics: Mapping[str, float]
     state: Mapping[str, Tensor]
     message: Message
+    weight: int
     update_norm: float = 0.0
     cosine: float | None = None
 
@@ -116,7 +119,7 @@ def read_update(
             raise ValueError("its arrays are not those of the request, in their order")
     metrics |= _take_extra(reply.content)
     _check_records(reply.content, training=expected is not None)
-    return Update(partition, num_examples, metrics, state, reply)
+    return Update(partition, num_examples, metrics, state, reply, weight=num_examples)
 
 
 def check_num_examples(count: float) -> int:
@@ -217,6 +220,8 @@ def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
             raise ValueError(f"array {name!r} has dtype {tensor.dtype}")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"array {name!r} is not finite")
+        if not tensor.is_floating_point() and ((tensor < 0) | (tensor > MAX_COUNT)).any():
+            raise ValueError(f"array {name!r} holds counts that can't be")
         if name.endswith("running_var") and (tensor < 0).any():
             raise ValueError(f"array {name!r} holds negative variances")
 
@@ -296,17 +301,21 @@ def _compare_directions(
 
 
 def weighted_mean(updates: Sequence[Update], key: str) -> float | None:
-    """Average a metric over clients, weighted by their samples; None without clients."""
+    """Average a metric over clients, by their weights; None without clients."""
     if not updates:
         return None
-    weights = [update.num_examples for update in updates]
+    weights = [update.weight for update in updates]
     return float(np.average([update.metrics[key] for update in updates], weights=weights))
 
 
 def client_metrics(
-    updates: Sequence[Update], evaluations: Sequence[Update]
+    updates: Sequence[Update], evaluations: Sequence[Update], bounded: Callable[[Update], bool]
 ) -> tuple[ClientMetrics, ...]:
-    """List each client's losses and pace, by partition."""
+    """List each client's losses and pace, by partition.
+
+    Args:
+        bounded: tells whether an update counts for less than its images.
+    """
     found = {
         update.partition: ClientMetrics(
             partition=update.partition,
@@ -318,6 +327,7 @@ def client_metrics(
             images_per_second=update.metrics["images-per-second"],
             unreadable_images=_whole(update.metrics.get("unreadable-images")),
             cores=_whole(update.metrics.get("cores")),
+            weight=update.weight if bounded(update) else None,
         )
         for update in updates
     }

@@ -32,6 +32,7 @@ ABSENCES = (  # error codes of messages that no client has answered
 )
 DIED = "its process died, killed or for want of memory"
 UNREADABLE = (SafetensorError, TypeError, ValueError, EOFError, KeyError, AttributeError)
+MORE_BYTES = 64 * 2**20  # by which a reply may be larger than the message that it answers
 MAX_HEADER = 2**16  # bytes before the values of an array, at most
 MAX_REASON = 300  # characters of what a client says of its failure
 
@@ -173,12 +174,25 @@ def pack_messages(messages: Iterable[Message]) -> list[Message]:
     return messages
 
 
-def unpack_reply(reply: Message) -> None:
+def count_bytes(content: RecordDict) -> int:
+    """Count the bytes of all arrays of a message, and those of its config records."""
+    arrays = (array for each in content.array_records.values() for array in each.values())
+    entries = (value for each in content.config_records.values() for value in each.values())
+    texts = sum(len(value) for value in entries if isinstance(value, bytes | str))
+    return texts + sum(len(array.data) for array in arrays)
+
+
+def unpack_reply(reply: Message, most: int) -> None:
     """Take the arrays of a reply, if it has any, out of their packing.
 
+    Args:
+        most: bytes that it may have.
+
     Raises:
-        ValueError: they are something else.
+        ValueError: they are something else, or more.
     """
+    if (size := count_bytes(reply.content)) > most:
+        raise ValueError(f"its reply has {size / 1e6:,.1f} MB, over {most / 1e6:,.1f}")
     if isinstance(arrays := reply.content.get(ARRAYS), ArrayRecord):
         reply.content[ARRAYS] = unpack_arrays(arrays)
 

@@ -30,6 +30,12 @@ def find_warnings(metrics: RoundMetrics, earlier: Mapping[int, int] | None = Non
             "the learning rate or raise train.batch_size"
         )
     found += _find_drift(metrics.clients)
+    found += [
+        f"{client.who} says that it has {client.num_examples:,} images, far more than the others; "
+        f"it counts for {client.weight:,} (max_weight_ratio)"
+        for client in metrics.clients
+        if client.weight is not None
+    ]
     return found + _find_images(metrics.clients, earlier or {})
 
 

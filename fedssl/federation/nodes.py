@@ -12,6 +12,8 @@ from fedssl.federation.membership import STALE_S, Membership, Patience, Registra
 from fedssl.federation.messages import (
     ABSENCES,
     DIED,
+    MORE_BYTES,
+    count_bytes,
     explain,
     pack_messages,
     repeat_message,
@@ -187,7 +189,8 @@ class Nodes:
                 absent = reply.error.code in ABSENCES
                 answers.append(Answer(node, None, explain(reply.error), absent))
             else:
-                answers.append(_unpack(node, reply))
+                most = count_bytes(message.content) + MORE_BYTES
+                answers.append(_unpack(node, reply, most))
         return answers
 
     def _deliver(self, messages: list[Message], on_replies: OnReplies) -> dict[str, Message]:
@@ -222,10 +225,10 @@ class Nodes:
             raise RuntimeError("stopped while waiting for clients")
 
 
-def _unpack(node: int, reply: Message) -> Answer:
+def _unpack(node: int, reply: Message, most: int) -> Answer:
     """Take the arrays of a reply out of their packing, or say why that can't be done."""
     try:
-        unpack_reply(reply)
+        unpack_reply(reply, most)
     except ValueError as error:
         return Answer(node, None, str(error))
     return Answer(node, reply)

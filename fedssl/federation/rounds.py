@@ -4,7 +4,7 @@ import copy
 import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar, cast
 
 from flwr.app import ConfigRecord, Message, MessageType
@@ -40,6 +40,7 @@ from fedssl.federation.statistics import (
     whole_statistics,
 )
 from fedssl.federation.strategy_state import load_strategy_state_dict, strategy_state_dict
+from fedssl.federation.weights import Weighting
 from fedssl.methods.base import Method
 from fedssl.networks.encoder import Encoder
 from fedssl.networks.state import load_state
@@ -69,6 +70,7 @@ class RoundSettings:
     Attributes:
         min_results: clients that must come back from a round.
         max_update_ratio: see `reject_outliers`.
+        weighting: of the clients in averages.
         keep_checkpoints: so many of the newest stay.
         projection_size: numbers of a projection.
         recompute_statistics: whether clients measure BatchNorm's statistics anew after
@@ -84,6 +86,7 @@ class RoundSettings:
     keep_checkpoints: int
     projection_size: int = 128
     recompute_statistics: bool = False
+    weighting: Weighting = field(default_factory=Weighting)
     images: str | None = None
 
 
@@ -173,7 +176,7 @@ class Federation:
         evaluated = time.perf_counter()
         monitor = self.monitor
         knn = monitor.accuracy(self.encoder(), round_number) if monitor else None
-        ended = time.perf_counter()
+        ended, bounded = time.perf_counter(), self.settings.weighting.bounds
         metrics = RoundMetrics(
             round=round_number,
             train_loss=weighted_mean(updates, "train-loss"),
@@ -189,7 +192,7 @@ class Federation:
             images_per_second=sum(u.metrics["images"] for u in updates) / (trained - began),
             bytes_moved=2 * len(updates) * _count_bytes(self._travels(MessageType.TRAIN))
             + (measured + len(evaluations)) * _count_bytes(self._travels(MessageType.EVALUATE)),
-            clients=tuple(map(self._named, client_metrics(updates, evaluations))),
+            clients=tuple(map(self._named, client_metrics(updates, evaluations, bounded))),
             failures=tuple(map(self._named, failures + silent + absent)),
             nodes=self.nodes.take_events(),
         )
@@ -230,7 +233,7 @@ class Federation:
         names = self.names if kind == MessageType.TRAIN else None
         updates, failures = validate_replies(answers, self.nodes.partition_of, expected, names)
         updates, odd = reject_odd_metrics(updates)
-        return updates, failures + odd
+        return self.settings.weighting.apply(updates), failures + odd
 
     def encoder(self) -> Encoder:
         """Give the encoder as it is used: with the statistics of whole images, if it has them."""
@@ -250,7 +253,8 @@ class Federation:
             return 0, []
         messages = map(statistics_request, self._requests(round_number, MessageType.EVALUATE))
         answers = self.nodes.send_and_receive(messages)
-        views, whole, failures = pool_statistics(answers, self.nodes.partition_of, self.method)
+        given = answers, self.nodes.partition_of, self.method, self.settings.weighting.weigh
+        views, whole, failures = pool_statistics(*given)
         load_state(self.method, {**self.method.state_dict(), **views})
         self.whole = whole or self.whole
         return len(answers) - len(failures), failures

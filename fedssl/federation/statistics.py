@@ -1,6 +1,6 @@
 """BatchNorm's statistics of a round, pooled from what the clients measured."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -37,9 +37,15 @@ def statistics_request(request: Message) -> Message:
 
 
 def pool_statistics(
-    answers: Iterable[Answer], partition_of: Mapping[int, int], method: Method
+    answers: Iterable[Answer],
+    partition_of: Mapping[int, int],
+    method: Method,
+    weigh: Callable[[Sequence[int]], Sequence[int]],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Failure]]:
-    """Check what clients answered and pool it, each with the weight of its images.
+    """Check what clients answered and pool it.
+
+    Args:
+        weigh: gives the weights of clients with so many images.
 
     Returns:
         Arrays of the method's state for views and, of its encoder alone, for whole images,
@@ -49,7 +55,8 @@ def pool_statistics(
         answers, partition_of, lambda partition, reply: read_moments(reply.content, method)
     )
     failures = [replace(each, reason=f"statistics: {each.reason}") for each in odd]
-    pooled = pool_moments(*zip(*told, strict=True)) if told else {}
+    weights = weigh([images for _, images in told])
+    pooled = pool_moments([moments for moments, _ in told], weights) if told else {}
     views, whole = (
         {name.removeprefix(kind): value for name, value in pooled.items() if name.startswith(kind)}
         for kind in (VIEWS, WHOLE)
@@ -57,16 +64,16 @@ def pool_statistics(
     return views, whole, failures
 
 
-def read_moments(content: RecordDict, method: Method) -> tuple[Moments, float]:
+def read_moments(content: RecordDict, method: Method) -> tuple[Moments, int]:
     """Read a client's moments and its number of images.
 
     Raises:
         ValueError: what is wrong with them.
     """
-    weight = check_num_examples(read_metrics(content, ["num-examples"])["num-examples"])
+    images = check_num_examples(read_metrics(content, ["num-examples"])["num-examples"])
     moments = read_tensors(content, "moments")
     check_moments(moments, expected_moments(method))
-    return moments, weight
+    return moments, images
 
 
 def expected_moments(method: Method) -> dict[str, int]:

@@ -57,7 +57,7 @@ def read_settings(run: RunDirectory) -> dict[str, Any]:
     leaves = flatten(run.load_config())
     titles = [r["dataset"] for r in run.read_results() if r.get("own_images") and "dataset" in r]
     leaves["dataset.name"] = titles[-1] if titles else leaves["dataset.name"]
-    kept = HARMLESS - {"num_rounds", "precision", "max_update_ratio"}
+    kept = HARMLESS - {"num_rounds", "precision", "max_update_ratio", "max_weight_ratio"}
     return {
         key: str(value) if isinstance(value, list) else value
         for key, value in leaves.items()

@@ -70,13 +70,14 @@ class ClientMetrics(Named):
     """A client's numbers of a round; what it did not take part in is None.
 
     Attributes:
-        num_examples: images that it trained on.
+        num_examples: images that it says it trained on.
         update_norm: Euclidean length of the way from the global parameters to its own.
         cosine: between its update and the sum of the others' updates.
         images: that its steps used, each time they did.
         num_held_out: images that it was evaluated on.
         unreadable_images: files that it left out.
         cores: of the CPU that it took.
+        weight: of it in the average, where that is less than its images.
         name: of its node, where the run knows names.
     """
 
@@ -91,6 +92,7 @@ class ClientMetrics(Named):
     num_held_out: int | None = None
     unreadable_images: int | None = None
     cores: int | None = None
+    weight: int | None = None
     name: str | None = None
 
 

@@ -21,6 +21,7 @@ from fedssl.runs.directory import LATEST, RunDirectory
 HARMLESS = {
     *("num_rounds", "num_cpus", "num_gpus", "ray_address", "precision", "resume"),
     *("min_nodes", "node_wait_s", "min_results", "round_timeout_s", "max_update_ratio"),
+    "max_weight_ratio",
     *("nodes_file", "run"),
     *("keep_checkpoints", "output_dir", "run_dir", "cache_dir", "dataset.path", "quiet"),
 }

@@ -84,7 +84,7 @@ def updates_of(round_number, state=STATE):
         own["bn.running_var"] = torch.full((2,), 1.0 + number)
         own["bn.num_batches_tracked"] = torch.tensor(4 + number)
         message = Message(content, number + 1, "train")
-        made.append(Update(number, 10 + number, metrics, own, message))
+        made.append(Update(number, 10 + number, metrics, own, message, weight=10 + number))
     return made
 
 

@@ -194,7 +194,7 @@ def test_what_only_some_clients_tell_is_kept_from_the_strategy():
     made = [read_update(0, told, EXPECTED), read_update(1, reply(), EXPECTED)]
     assert reject_odd_metrics(made) == (made, [])
     assert told.content["metrics"].keys() == SOUND.keys()
-    first, second = client_metrics(made, [read_update(0, evaluation(), None)])
+    first, second = client_metrics(made, [read_update(0, evaluation(), None)], lambda _: False)
     assert (first.unreadable_images, first.cores, first.num_held_out) == (1, 2, 5)
     assert (second.unreadable_images, second.cores, second.num_held_out) == (None, None, None)
 
@@ -233,14 +233,16 @@ def test_equal_or_no_metrics_are_no_trouble():
 
 
 def test_means_are_weighted_by_samples():
-    made = [Update(n, n + 1, {"loss": 10.0 * n}, {}, None) for n in range(3)]
+    made = [Update(n, n + 1, {"loss": 10.0 * n}, {}, None, weight=n + 1) for n in range(3)]
     assert weighted_mean(made, "loss") == pytest.approx((2 * 10 + 3 * 20) / 6)
     assert weighted_mean([], "loss") is None
 
 
 def updates(*steps):
     start = {"w": torch.ones(4)}
-    made = [Update(n, 1, {}, {"w": start["w"] + step}, None) for n, step in enumerate(steps)]
+    made = [
+        Update(n, 1, {}, {"w": start["w"] + step}, None, weight=1) for n, step in enumerate(steps)
+    ]
     return made, start
 
 
@@ -275,7 +277,14 @@ def test_a_step_that_overflows_is_refused():
 def test_statistics_far_beyond_the_median_are_refused():
     start = {"w": torch.ones(2), "bn.running_mean": torch.zeros(2)}
     made = [
-        Update(n, 1, {}, {"w": torch.full((2,), 1.1), "bn.running_mean": torch.full((2,), m)}, None)
+        Update(
+            n,
+            1,
+            {},
+            {"w": torch.full((2,), 1.1), "bn.running_mean": torch.full((2,), m)},
+            None,
+            weight=1,
+        )
         for n, m in enumerate((0.1, 0.2, 1e9))
     ]
     kept, failures = reject_outliers(made, start, ["w"], 10)

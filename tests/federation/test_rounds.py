@@ -1,93 +1,21 @@
 """The server against real ClientApps, called in this process instead of through Ray."""
 
 import errno
-import random
 
 import numpy as np
 import pytest
 import torch
-from conftest import create_run
+from federation.shuffled import change
 from flwr.app import Error, Message
 
-from client import make_client_app, simulated
 from fedssl.config.compose import CONF, load_config
 from fedssl.federation.aggregation import build_strategy
-from fedssl.federation.local_grid import LocalGrid
-from fedssl.federation.messages import read_state, write_state
-from fedssl.federation.nodes import Nodes, no_op
+from fedssl.federation.messages import read_state
 from fedssl.runs.checkpoints import list_checkpoints, load_checkpoint
 from fedssl.runs.metrics import Failure
-from utils import build_federation, build_patience, load_trained, plain
+from utils import load_trained, plain
 
-FAST = "model.stem=imagenet"  # digits shrink to a point at once: little to compute
 STRATEGIES = sorted(file.stem for file in (CONF / "strategy").glob("*.yaml"))
-
-
-class ShuffledGrid(LocalGrid):
-    """Nodes with random ids that answer in random order."""
-
-    def __init__(self, config, tamper=lambda partition, reply: reply):
-        self.ids = random.SystemRandom().sample(range(1, 10**6), config.num_clients)
-        self.asked = []
-
-        def tampering(message, context, call_next):
-            reply = call_next(message, context)
-            trained = message.metadata.message_type == "train"
-            return tamper(context.node_config["partition-id"], reply) if trained else reply
-
-        super().__init__(make_client_app(simulated(config), [tampering]), config.num_clients)
-
-    def node_of(self, partition):
-        return self.ids[partition]
-
-    def get_node_ids(self):
-        return random.SystemRandom().sample(self.ids, len(self.ids))
-
-    def answer(self, message, context):
-        if message.metadata.message_type != "query":
-            partition = context.node_config["partition-id"]
-            self.asked.append((message.metadata.message_type, partition))
-        return super().answer(message, context)
-
-    def pull_messages(self, message_ids):
-        replies = super().pull_messages(message_ids)
-        return random.SystemRandom().sample(replies, len(replies))
-
-
-@pytest.fixture
-def federate(config, digits, tmp_path):
-    """Train with some overrides; return the federation after its rounds."""
-
-    def run(
-        *overrides,
-        tamper=lambda partition, reply: reply,
-        checkpoint=None,
-        on_progress=no_op,
-        names=(),
-    ):
-        given = [f"cache_dir={config.cache_dir}", "num_clients=3", "num_rounds=2", "num_cpus=2"]
-        given += ["train.max_steps=1", "train.local_epochs=1", "precision=float32", FAST]
-        changed = load_config("config", [*given, f"output_dir={tmp_path}", *overrides])
-        directory = create_run(tmp_path / f"run{len(list(tmp_path.iterdir()))}", changed)
-        rounds = []
-        grid = ShuffledGrid(changed, tamper)
-        nodes = Nodes(grid, build_patience(changed))
-        nodes.membership.names.update(names)
-        federation = build_federation(changed, nodes, directory, digits, checkpoint)
-        federation.train(rounds.append, on_progress)
-        assert directory.read_metrics() == rounds
-        return federation, rounds, grid
-
-    return run
-
-
-def change(reply, how):
-    """Change the tensors of a training reply in place, by name."""
-    names, state = list(reply.content["arrays"]), read_state(reply.content)
-    how(state)
-    for name, record in write_state(state, names).items():
-        reply.content[name] = record
-    return reply
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def sound(node, *given, images=10):
 
 
 def pool(*answers):
-    return pool_statistics(answers, {1: 0, 2: 1, 3: 2}, METHOD)
+    return pool_statistics(answers, {1: 0, 2: 1, 3: 2}, METHOD, list)
 
 
 def test_clients_count_by_their_images():

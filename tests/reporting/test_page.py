@@ -9,7 +9,7 @@ import pytest
 import torch
 from browser import CHROMIUM, Browser
 from conftest import CPU, create_run
-from federation.test_rounds import FAST, ShuffledGrid
+from federation.shuffled import FAST, ShuffledGrid
 from runs.test_metrics import EVENTS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
