@@ -97,7 +97,8 @@ def read_heads(name: str) -> list[float]:
 def draw_federations(file: Path, counts: Sequence[int] = (1, 2, 5, 10, 20)) -> None:
     """Show what more clients of twenty are worth, for the same time and for the same compute.
 
-    Nothing is drawn before all of these runs are recorded.
+    Each line goes as far as its runs are recorded; a comparison without any is left out, and
+    nothing is drawn before all federations are recorded.
     """
     alone = "of-20-1"
     together = [f"of-20-{count}" for count in counts]
@@ -117,16 +118,26 @@ def draw_federations(file: Path, counts: Sequence[int] = (1, 2, 5, 10, 20)) -> N
             ),
         ],
     }
-    needed = [name for lines in panels.values() for _, names, *_ in lines for name in names]
-    if not all(map(read_heads, needed)):
+    if not all(map(read_heads, together)):
         return
-    figure = Figure(figsize=(WIDTH, 5.2), layout="constrained")
-    for axes, (title, lines) in zip(figure.subplots(2, sharex=True), panels.items(), strict=True):
+    panels = {
+        title: lines
+        for title, lines in panels.items()
+        if any(read_heads(name) for _, names, *_ in lines[1:] for name in names[1:])
+    }
+    figure = Figure(figsize=(WIDTH, 2.6 * len(panels)), layout="constrained")
+    grid = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    for axes, (title, lines) in zip(grid, panels.items(), strict=True):
         for label, names, color, style in lines:
-            heads = [read_heads(name) for name in names]
-            axes.plot(counts, [np.mean(each) for each in heads], style, color=color, label=label)
+            found = {
+                n: each for n, name in zip(counts, names, strict=True) if (each := read_heads(name))
+            }
+            heads = list(found.values())
+            axes.plot(
+                list(found), [np.mean(each) for each in heads], style, color=color, label=label
+            )
             low, high = [min(each) for each in heads], [max(each) for each in heads]
-            axes.fill_between(counts, low, high, color=color, alpha=0.15, linewidth=0)
+            axes.fill_between(list(found), low, high, color=color, alpha=0.15, linewidth=0)
         axes.set_title(title, color=INK, loc="left", fontsize="medium")
         axes.set_ylabel("linear head, %", color=INK)
         axes.set_xscale("log")
