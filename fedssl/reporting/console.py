@@ -226,7 +226,7 @@ def print_results(result: Mapping[str, Any]) -> None:
     left_out = (result["rows"][0].get("sites") or [{}])[0].get("left_out")
     if left_out:
         print_line(
-            f"Left out for eval.min_images={result['protocol']['min_images']}: "
+            f"Left out for min_images={result['protocol']['min_images']}: "
             f"{sum(left_out.values())} times a class of a site, at {len(left_out)} sites"
         )
 

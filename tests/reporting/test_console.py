@@ -177,6 +177,21 @@ def test_the_results_are_a_table_and_bold_is_the_headline_alone(capsys):
     assert plain.strip() == ""  # all of it
 
 
+def test_what_sites_leave_out_is_told_below_their_table(capsys):
+    protocol = {"label_fraction": 0.1, "seeds": 1, "epochs": 4, "rounds": 5, "min_images": 3}
+    rows = [{**ROWS[0], "sites": [{"left_out": {"0": 2, "3": 1}}]}]
+    result = {**RESULT, "mode": "federated_finetune", "protocol": protocol, "rows": rows}
+    print_results(result)
+    title, _, _, last = capsys.readouterr().out.splitlines()
+    assert (
+        title == "Fine-tuning at the sites: 10 % of the labels (143), 5 rounds of 4 epochs, 1 seed,"
+    )
+    assert last == "Left out for min_images=3: 3 times a class of a site, at 2 sites"
+    rows[0]["sites"][0]["left_out"] = {}
+    print_results(result)
+    assert "Left out" not in capsys.readouterr().out
+
+
 def test_the_opening_and_the_ending_say_what_runs_where(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     print_opening("Federated SimCLR", {"data": "digits", "running": "2 clients,\ndevice cpu"})
