@@ -27,7 +27,7 @@ from fedssl.config.command_line import (
     read_arguments,
     run_entry,
 )
-from fedssl.config.compose import CONF, flatten, load_config, to_mapping
+from fedssl.config.compose import CONF, evaluation_overrides, flatten, load_config, to_mapping
 from fedssl.config.moved import modernize_overrides
 from fedssl.config.schema import GROUPS, PROGRAMS
 from fedssl.errors import UserError
@@ -166,8 +166,9 @@ def _entry(first: str, text: str) -> str:
 
 def _list_groups(name: str, overrides: Sequence[str]) -> Iterator[str]:
     """List the groups of a program with their options, and the one that is in use."""
+    given = evaluation_overrides(overrides) if name == "test" else list(overrides)
     with initialize_config_dir(str(CONF), version_base=None):
-        hydra = compose(name, list(overrides), return_hydra_config=True).hydra
+        hydra = compose(name, given, return_hydra_config=True).hydra
     used: Mapping[str, str | None] = hydra.runtime.choices
     plan = PROGRAMS[name]
     groups = [*plan.groups, *filter(None, (plan.at_top, plan.optional))]

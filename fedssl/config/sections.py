@@ -377,7 +377,8 @@ class FederatedFineTuning(EvaluationAtSites):
     epochs: int = Field(
         default=4, ge=1, description="passes over the labelled images of each site in a round"
     )
-    encoder_learning_rate: float = Field(default=0.001, gt=0, description="of the encoder")
+    learning_rate: float = Field(default=0.001, gt=0, description="of the head")
+    encoder_learning_rate: float = Field(default=0.003, gt=0, description="of the encoder")
 
 
 class FineTuning(LinearEvaluation):

@@ -21,7 +21,7 @@ from fedssl.sites.site import TuneSettings
 from fedssl.sites.sums import Head
 
 State = Mapping[str, Tensor]
-LARGEST_GRADIENT = 1.0  # norm over encoder and head, as a longer one is clipped to
+LARGEST_GRADIENT = 10.0  # norm over encoder and head, as a longer one is clipped to
 ENCODER = "encoder."  # before the names of its arrays in the state of a `Classifying`
 
 

@@ -90,6 +90,14 @@ def test_the_scripts_help_comes_from_the_schema_too(name):
     assert max(map(len, text.splitlines())) <= 80
 
 
+@pytest.mark.parametrize("protocol", sorted(file.stem for file in (CONF / "eval").glob("*.yaml")))
+def test_the_help_of_an_evaluation_shows_the_values_of_its_protocol(protocol):
+    text = help_text("test", [f"eval={protocol}", "dataset=imagefolder", "dataset.path=here"])
+    assert f"[{protocol}]" in text
+    epochs = load_config("test", [f"eval={protocol}"]).epochs
+    assert f"epochs={epochs} " in text
+
+
 @pytest.mark.parametrize("question", ["--help", "--cfg=job"])
 def test_a_wrong_option_beside_a_question_gets_one_line(question):
     done = ask("main.py", "strategy=fedvag", question)
