@@ -378,7 +378,7 @@ class FederatedFineTuning(EvaluationAtSites):
         default=4, ge=1, description="passes over the labelled images of each site in a round"
     )
     learning_rate: float = Field(default=0.001, gt=0, description="of the head")
-    encoder_learning_rate: float = Field(default=0.003, gt=0, description="of the encoder")
+    encoder_learning_rate: float = Field(default=0.001, gt=0, description="of the encoder")
 
 
 class FineTuning(LinearEvaluation):
