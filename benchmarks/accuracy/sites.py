@@ -176,7 +176,8 @@ def main() -> None:
         for name in ("federated", "federated_finetune")
     )
     for key in ("learning_rate", "weight_decay"):
-        config.eval[key] = tuning[key] = config.head[key]
+        config.eval[key] = config.head[key]
+    tuning.weight_decay = config.head.weight_decay
     entries = list(measure(run, config, tuning if given.tune else None))
     for place in ("output_dir", "run_dir", "cache_dir", "resume"):
         del config[place]
