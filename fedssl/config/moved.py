@@ -41,6 +41,7 @@ OPTIONS = {  # of a group, where a data set had one of its own
     "eval": dict.fromkeys(("default", "digits", "hub", "imagefolder"), "linear"),
 }
 SUPERVISED = "supervised."  # keys that counted with this protocol alone, there under other names
+AT_SITES = "eval=federated"
 TUNING = "encoder_learning_rate"  # likewise
 
 
@@ -53,6 +54,7 @@ def modernize_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]
     Returns:
         The overrides under today's names, and a line for each that has moved.
     """
+    overrides = _join_modes(overrides)
     chosen = _protocol(overrides)
     modern, notices = [], []
     for override in overrides:
@@ -79,6 +81,15 @@ def modernize_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]
             modern[-1:] = ["eval=linear", "head=cifar"]
             notices.append(f"{override} is now head=cifar")
     return modern, list(dict.fromkeys(notices))
+
+
+def _join_modes(overrides: Sequence[str]) -> list[str]:
+    """Take `mode=finetune` beside `eval=federated` for the protocol that is both."""
+    modes = {"mode=finetune", "eval.mode=finetune"} & set(overrides)
+    if not modes or AT_SITES not in overrides:
+        return list(overrides)
+    kept = [override for override in overrides if override not in modes]
+    return [f"{AT_SITES}_finetune" if override == AT_SITES else override for override in kept]
 
 
 def _protocol(overrides: Sequence[str]) -> str:

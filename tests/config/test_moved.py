@@ -152,3 +152,10 @@ def test_a_program_says_it_once(monkeypatch, capsys):
     arguments = read_arguments("test", sys.argv[1:])
     assert arguments == ["eval=finetune"]
     assert capsys.readouterr().err == "mode is now eval\n"
+
+
+@pytest.mark.parametrize("mode", ["mode=finetune", "eval.mode=finetune"])
+@pytest.mark.parametrize("first", [True, False])
+def test_tuning_at_the_sites_can_be_said_in_two_words(mode, first):
+    given = [mode, "eval=federated"] if first else ["eval=federated", mode]
+    assert modernize_overrides([*given, "seeds=2"])[0] == ["eval=federated_finetune", "seeds=2"]
