@@ -41,8 +41,8 @@ OPTIONS = {  # of a group, where a data set had one of its own
     "eval": dict.fromkeys(("default", "digits", "hub", "imagefolder"), "linear"),
 }
 SUPERVISED = "supervised."  # keys that counted with this protocol alone, there under other names
-AT_SITES = "eval=federated"
 TUNING = "encoder_learning_rate"  # likewise
+AT_SITES = "eval=federated"
 
 
 def modernize_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:

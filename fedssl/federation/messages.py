@@ -138,22 +138,31 @@ def read_tensors(content: RecordDict, what: str) -> dict[str, Tensor]:
     return unpack_tensors(data)
 
 
+def read_array_record(content: RecordDict) -> dict[str, Tensor]:
+    """Read the arrays of a message or a reply, without the buffers beside them.
+
+    Raises:
+        ValueError: it holds none, or something else.
+    """
+    arrays = content.get(ARRAYS)
+    if not isinstance(arrays, ArrayRecord):
+        raise ValueError("the message holds no arrays")
+    try:
+        return dict(arrays.to_torch_state_dict())
+    except (TypeError, ValueError, EOFError) as error:
+        raise ValueError(f"arrays can't be read ({error})") from error
+
+
 def read_state(content: RecordDict) -> dict[str, Tensor]:
     """Read a model's state out of a message or a reply.
 
     Raises:
         ValueError: it holds none.
     """
-    arrays = content.get(ARRAYS)
-    if not isinstance(arrays, ArrayRecord):
-        raise ValueError("the message holds no arrays")
+    state = read_array_record(content)
     buffers = [record[BUFFERS] for record in content.config_records.values() if BUFFERS in record]
     if len(buffers) != 1 or not isinstance(buffers[0], bytes):
         raise ValueError(f"the message holds {len(buffers)} entries of buffers")
-    try:
-        state = dict(arrays.to_torch_state_dict())
-    except (TypeError, ValueError, EOFError) as error:
-        raise ValueError(f"arrays can't be read ({error})") from error
     rest = unpack_tensors(buffers[0])
     if twice := sorted(state.keys() & rest.keys()):
         raise ValueError(f"array {twice[0]!r} is there twice")

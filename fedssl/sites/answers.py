@@ -17,7 +17,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from torch import Tensor
 
 from fedssl.data.sources.base import NO_LABEL
-from fedssl.federation.messages import ARRAYS, CONFIG, METRICS, read_tensors, write_tensors
+from fedssl.federation.messages import (
+    ARRAYS,
+    CONFIG,
+    METRICS,
+    read_array_record,
+    read_tensors,
+    write_tensors,
+)
 from fedssl.sites.site import HeadSettings, Site, TuneSettings, draw_at_site, head_generator
 from fedssl.sites.sums import Head, leave_out_rare
 
@@ -72,11 +79,10 @@ def answer_labels(
     if step == "classes":
         return _tell_classes(part)
     if step == "features":
-        state = message.content.array_records[ARRAYS].to_torch_state_dict()
+        state = read_array_record(message.content)
         return _keep_features(request, context, site, part, lambda pixels: encode(state, pixels))
     if step == "tune":
-        state = message.content.array_records[ARRAYS].to_torch_state_dict()
-        return _tune(request, site, part, state, tune)
+        return _tune(request, site, part, read_array_record(message.content), tune)
     draw = int(str(request[DRAW]))
     here = _site_of(context, draw)
     if step == "sums":

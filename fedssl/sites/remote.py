@@ -16,7 +16,7 @@ from fedssl.federation.guards import (
     read_metrics,
     read_replies,
 )
-from fedssl.federation.messages import ARRAYS, CONFIG, METRICS
+from fedssl.federation.messages import ARRAYS, CONFIG, METRICS, read_array_record
 from fedssl.federation.nodes import Nodes
 from fedssl.runs.metrics import Failure
 from fedssl.sites.answers import (
@@ -246,13 +246,7 @@ def tune_remotely(
         images = int(read_metrics(content, ("num-examples",))["num-examples"])
         if not images:
             return Tuned({}, 0)
-        arrays = content.get(ARRAYS)
-        if not isinstance(arrays, ArrayRecord):
-            raise ValueError("the reply holds no arrays")
-        try:
-            tuned = dict(arrays.to_torch_state_dict())
-        except (TypeError, ValueError, EOFError) as error:
-            raise ValueError(f"arrays can't be read ({error})") from error
+        tuned = read_array_record(content)
         check_state(tuned, state)
         return Tuned(tuned, check_num_examples(images))
 

@@ -10,14 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from deployment.place import TINY, Place
-
-
-@pytest.fixture
-def place(tmp_path):
-    made = Place(tmp_path)
-    yield made
-    made.stop_all()
+from deployment.place import TINY
 
 
 def test_the_four_commands_give_the_numbers_of_the_simulation(place):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import create_run
-from deployment.place import TINY, Place
+from deployment.place import TINY
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -20,13 +20,6 @@ from fedssl.runs.metrics import RoundMetrics
 from fedssl.sites.site import Site
 from fedssl.sites.sums import Head
 from utils import build_method
-
-
-@pytest.fixture
-def place(tmp_path):
-    made = Place(tmp_path)
-    yield made
-    made.stop_all()
 
 
 def save_digits(folder, classes, rows):
