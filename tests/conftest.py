@@ -11,6 +11,7 @@ import termios
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # tests share few cores: waiting must cost none
+os.environ.setdefault("RAY_worker_niceness", "0")  # else clients starve beside other tests
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
 
 LONGEST = ("test_deployment", "test_labels", "test_main", "test_rounds", "test_page", "test_resume")
+LONGEST += ("test_door", "test_faults", "test_processes", "test_walkthrough")
 
 
 def pytest_collection_modifyitems(items):

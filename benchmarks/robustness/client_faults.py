@@ -22,7 +22,7 @@ from fedssl.runs.metrics import RoundMetrics
 from utils import plain
 
 FAULTY = 1  # the partition that misbehaves
-TIMEOUT_S = 60.0
+TIMEOUT_S = 90.0
 NAME = "encoder.conv1.weight"
 SMALL = ["num_clients=3", "num_cpus=1", "precision=float32", "model.stem=imagenet"]
 SMALL += ["train.local_epochs=1", "train.max_steps=1", "monitor.bank=100", "monitor.queries=50"]

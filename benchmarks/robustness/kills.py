@@ -7,7 +7,7 @@ at a random moment of a phase of the run (the start, one of the rounds, the
 evaluation at the end; each as likely as the others, which time alone would not
 give: the start takes longer than all rounds), and resumes it. Counted are completed
 rounds that were lost, ends whose final weights, encoder, metrics (but for
-durations) or evaluation differ from the untouched run's, and processes that
+durations and connections) or evaluation differ from the untouched run's, and processes that
 outlived their main process by more than 90 s.
 """
 
@@ -38,6 +38,7 @@ RUN = ["num_clients=2", "num_rounds=5", "num_cpus=1", "precision=float32", "mode
 RUN += ["train.local_epochs=1", "train.max_steps=2", "monitor.bank=200", "monitor.queries=100"]
 RUN += ["eval.seeds=1", "eval.epochs=2", "figures.map_images=5", "strategy=fedadam"]
 DURATIONS = ("seconds", "images_per_second")
+CONNECTIONS = "nodes"  # who joined in a round: all of them again after the start of a process
 ORPHAN_AFTER_S = 90.0  # Ray's own agents notice after about a minute
 
 
@@ -92,14 +93,14 @@ def outcome(run: Path) -> dict[str, Any]:
 
 
 def without_durations(value: Any) -> Any:
-    """Drop what a clock measured."""
+    """Drop what a clock measured, and who connected."""
     if isinstance(value, list):
         return [without_durations(item) for item in value]
     if isinstance(value, dict):
         return {
             key: without_durations(item)
             for key, item in value.items()
-            if not key.startswith(DURATIONS)
+            if not key.startswith(DURATIONS) and key != CONNECTIONS
         }
     return value
 
