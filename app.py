@@ -6,7 +6,9 @@
 
 A SuperNode says in its node configuration which part of the data it holds:
 `partition-id=0 num-partitions=2`, or `partition-id=0 data-path="DIR"` for a
-folder of its own, and `labels-path="DIR"` for class folders that lie elsewhere.
+folder of its own, and `labels-path="DIR"` for class folders that lie elsewhere. For secure
+aggregation `signing-key="FILE"` is the node's private key, and `nodes-file="FILE"` has the
+public keys of all nodes.
 `client1` and `client2` hold the two halves.
 """
 
@@ -25,7 +27,9 @@ from fedssl.config.compose import load_config
 from fedssl.config.moved import modernize_overrides
 from fedssl.data.image_set import ImageSet
 from fedssl.errors import SettingError, UserError
+from fedssl.federation.secure.client import Signing
 from utils import (
+    build_privacy,
     evaluate_at_sites,
     open_images,
     open_membership,
@@ -104,7 +108,9 @@ def identify(context: Context, app: str | None = None) -> ClientConfig:
             f"partition-id={number}: must be from 0 to {count - 1}, num-partitions - 1"
         )
     labels_path = str(node["labels-path"]) if "labels-path" in node else None
-    return ClientConfig(config_text(context), number, count, data_path, labels_path)
+    files = (Path(str(node[key])) if key in node else None for key in ("signing-key", "nodes-file"))
+    text, signing = config_text(context), Signing(*files)
+    return ClientConfig(text, number, count, data_path, labels_path, signing=signing)
 
 
 def open_server_images(config: DictConfig) -> ImageSet | None:
@@ -136,11 +142,13 @@ def main(grid: Grid, context: Context) -> None:
     overrides, notices = modernize_overrides(overrides_of(context))
     for notice in notices:
         log.info(notice)
+    if privacy := build_privacy(config):
+        log.info("privacy: %s", privacy.describe(config.num_rounds).replace("\n", " "))
     image_set = open_server_images(config)
     directory = Path(config.run_dir)
     run, checkpoint = open_run(config, directory, image_set, overrides, log.info)
     log.info("the run's directory is %s", run.path)
-    run_rounds(
+    ended = run_rounds(
         config,
         grid,
         run,
@@ -149,5 +157,8 @@ def main(grid: Grid, context: Context) -> None:
         checkpoint=checkpoint,
         report=log.info,
         membership=membership,
+        noise_key=run.noise_key() if privacy else None,
     )
+    if ended:
+        log.info(ended)
     log.info("everything is in %s; python test.py evaluates it", run.path)

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.clientapp.mod import fixedclipping_mod
 from flwr.clientapp.typing import ClientAppCallable, Mod
+from flwr.supercore.differential_privacy import KEY_CLIPPING_NORM
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -33,6 +35,17 @@ from fedssl.federation.messages import (
     write_tensors,
 )
 from fedssl.federation.negatives import NEGATIVES, others
+from fedssl.federation.secure.client import (
+    KEYS,
+    SHARES,
+    UNMASK,
+    Signing,
+    answer_keys,
+    answer_shares,
+    answer_unmask,
+    is_masked,
+    mask_update,
+)
 from fedssl.federation.statistics import ACTION
 from fedssl.methods.base import Method, local_arrays
 from fedssl.networks.state import load_state
@@ -83,6 +96,7 @@ class ClientConfig:
         standalone: at a node of its own: nobody else has opened and checked its images
             before, and names of its files stay there.
         kept_in: folder of what clients keep of this run; None at a node, which has its own.
+        signing: of the keys of secure aggregation.
     """
 
     config_text: str
@@ -92,6 +106,7 @@ class ClientConfig:
     labels_path: str | None = None
     standalone: bool = True
     kept_in: str | None = None
+    signing: Signing = field(default_factory=Signing)
 
 
 @dataclass
@@ -228,14 +243,43 @@ def make_client_app(
     """
     app = ClientApp(mods=[explain_errors(identify), packed_transport])
     for register, answer in (
-        (app.train(mods=list(mods)), train_reply),
+        (app.train(mods=[mask_if_asked(identify), clip_if_asked, *mods]), train_reply),
         (app.evaluate(), evaluate_reply),
         (app.query(), query_reply),
         (app.query(ACTION), statistics_reply),
+        (app.query(KEYS), keys_reply),
         (app.query(LABELS_ACTION), labels_reply),
     ):
         register(functools.partial(_answer, identify, load, answer))
+    app.query(SHARES)(lambda message, context: shares_reply(identify(context), message, context))
+    app.query(UNMASK)(answer_unmask)
     return app
+
+
+def mask_if_asked(identify: Identify) -> Mod:
+    """Make the mod that masks an update where the run's settings say so, the last of the mods."""
+
+    def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        if is_masked(message):
+            return mask_update(message, context, call_next)
+        if hides_updates(identify(context).config_text):
+            raise ValueError("the server asks for an update without a mask")
+        return call_next(message, context)
+
+    return mod
+
+
+@functools.lru_cache(maxsize=1)
+def hides_updates(config_text: str) -> bool:
+    """Tell whether a run's updates are to be masked."""
+    return bool(read_config(config_text).secure_aggregation)
+
+
+def clip_if_asked(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Clip the update where the server wants it clipped, by Flower's mod: the last of the mods."""
+    if KEY_CLIPPING_NORM in message.content.config_records[CONFIG]:
+        return fixedclipping_mod(message, context, call_next)
+    return call_next(message, context)
 
 
 Answer = Callable[[ClientConfig, ClientState, Message, Context], Message]
@@ -344,6 +388,19 @@ def train_reply(
     content = write_state(trained, list(message.content[ARRAYS]))
     content[METRICS] = MetricRecord(metrics)
     return Message(content, reply_to=message)
+
+
+def keys_reply(
+    client: ClientConfig, state: ClientState, message: Message, context: Context
+) -> Message:
+    """Answer the first step of secure aggregation: public keys, and how many images there are."""
+    rows, _ = state.rows_of(client)
+    return answer_keys(message, context, client.partition, len(rows), client.signing)
+
+
+def shares_reply(client: ClientConfig, message: Message, context: Context) -> Message:
+    """Answer the second step of secure aggregation: shares of the round's secrets."""
+    return answer_shares(message, context, client.signing)
 
 
 def evaluate_reply(

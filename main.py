@@ -47,6 +47,7 @@ from fedssl.runs.directory import RunDirectory
 from fedssl.runs.resume import check_continuation, with_earlier_overrides
 from utils import (
     build_method,
+    build_privacy,
     build_receiving,
     check_enough,
     continuation_of,
@@ -69,6 +70,7 @@ def prepare(config: DictConfig) -> tuple[ClientResources, ImageSet]:
         UserError: the first thing that is wrong.
     """
     resources = plan_simulation(config)
+    build_privacy(config)
     check_writable(Path(config.run_dir))
     image_set = open_images(config, make_report(config.quiet))
     method = build_method(config, torch.device("cpu"))
@@ -93,18 +95,22 @@ def train(
     run: RunDirectory,
     checkpoint: Checkpoint | None = None,
     clients: ClientApp | None = None,
-) -> None:
+) -> str | None:
     """Train all rounds that are left with Ray-backed virtual clients.
 
     Args:
         checkpoint: where to go on; None for the start.
         clients: instead of the ordinary ones, to see what faulty ones do.
+
+    Returns:
+        Why it ended before the last round, if it did.
     """
     done = checkpoint.round if checkpoint else 0
-    with RoundProgress(config.num_rounds, done, config.quiet) as progress:
+    private, ended = config.privacy.mechanism != "none", []
+    with RoundProgress(config.num_rounds, done, config.quiet, private) as progress:
 
         def serve(grid: Grid, stop: Event) -> None:
-            run_rounds(
+            reason = run_rounds(
                 config,
                 grid,
                 run,
@@ -114,9 +120,11 @@ def train(
                 on_progress=progress.follow,
                 stop=stop,
             )
+            ended.append(reason)
 
         clients = clients or make_client_app(simulated(config, run.clients))
         simulate(serve, clients, config.num_clients, resources)
+    return ended[0]
 
 
 def title_of(config: DictConfig) -> str:
@@ -135,13 +143,16 @@ def describe(
     count = len(image_set.train.pixels)
     dealt = sum(map(len, open_partitions(config, image_set)))
     images = f"{count:,}" if dealt == count else f"{dealt:,} of {count:,}"
-    return {
+    facts = {
         "data": f"{name_of_images(config.dataset)}, {images} images of {side} x {side} pixels, "
         f"dealt out by {name_of(config.partition)}" + "".join(f",\n{n}" for n in image_set.notes),
         "model": f"{config.model.encoder}, {stem} stem, {weights / 1e6:.1f} M weights",
         "running": f"{resources},\n{choose_backend(config.precision, resources.num_gpus)}",
         "directory": show_path(run.path),
     }
+    if privacy := build_privacy(config):
+        facts["privacy"] = privacy.describe(config.num_rounds)
+    return facts
 
 
 def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> RunDirectory:
@@ -164,12 +175,14 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
         print_opening(title_of(config), describe(config, resources, image_set, its))
     go_on = f"go on with: python main.py resume={show_path(its.path)}"
     try:
-        train(config, resources, image_set, its, checkpoint)
+        ended = train(config, resources, image_set, its, checkpoint)
     except RuntimeError as error:
         raise RuntimeError(f"{error}; {go_on}") from error
     except KeyboardInterrupt as interrupt:
         raise type(interrupt)(go_on) from interrupt
     report("")
+    if ended:
+        report(f"{ended}: the encoder is that of round {its.read_metrics()[-1].round}")
     evaluate(config, image_set, its)
     try_report(config, image_set, its)
     if not config.quiet:

@@ -30,6 +30,7 @@ from fedssl.errors import WARNING, SettingError, UserError
 from fedssl.federation.aggregation import build_strategy, fraction_train
 from fedssl.federation.membership import Membership, Patience
 from fedssl.federation.nodes import Nodes, no_op
+from fedssl.federation.privacy import NOT_COVERED, PrivacySettings, make_private
 from fedssl.federation.resources import (
     ClientResources,
     clients_per_round,
@@ -37,6 +38,7 @@ from fedssl.federation.resources import (
     plan_resources,
 )
 from fedssl.federation.rounds import Federation, OnRound, ProgressCallback, RoundSettings
+from fedssl.federation.secure.server import SecureSettings
 from fedssl.federation.statistics import whole_statistics
 from fedssl.federation.weights import Weighting
 from fedssl.methods.base import Method
@@ -225,7 +227,7 @@ def build_method(config: DictConfig, device: torch.device) -> Method:
     dataset, stem = config.dataset, config.model.stem
     stem = stem_for(dataset.image_size) if stem == "auto" else stem
     statistics = list(dataset.mean), list(dataset.std)
-    settings = EncoderSettings(config.model.encoder, stem, *statistics)
+    settings = EncoderSettings(config.model.encoder, stem, *statistics, config.model.norm)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         try:
@@ -329,6 +331,23 @@ def plan_simulation(config: DictConfig) -> ClientResources:
     return plan_resources(sampled, config.num_cpus, config.num_gpus, machines)
 
 
+def build_privacy(config: DictConfig) -> PrivacySettings | None:
+    """Build what differential privacy asks for; None where none is asked for.
+
+    Raises:
+        UserError: a limit that allows no round, or noise that leaves nothing.
+    """
+    if config.privacy.mechanism == "none":
+        return None
+    count = len(config.participants) or config.num_clients
+    share = fraction_train(build_strategy(plain(config.strategy)))
+    planned = clients_per_round(count, share)
+    counts = {"population": config.num_clients, "clients_per_round": planned}
+    settings = PrivacySettings(**counts, **plain(config.privacy))
+    settings.check()
+    return settings
+
+
 def build_patience(config: DictConfig) -> Patience:
     """Build how long to wait for clients; min_nodes=null means all of them."""
     least = config.min_nodes or config.num_clients
@@ -367,6 +386,7 @@ def build_federation(
     run: RunDirectory,
     image_set: ImageSet | None,
     checkpoint: Checkpoint | None = None,
+    noise_key: bytes | None = None,
 ) -> Federation:
     """Build the global model, the strategy and what watches them.
 
@@ -374,6 +394,7 @@ def build_federation(
         image_set: for the kNN accuracy per round; None, or a set without labels,
             leaves it out.
         checkpoint: of the last round that was done.
+        noise_key: secret, of differential privacy; None takes the noise from the seed.
     """
     from fedssl.evaluation.monitor import KnnMonitor  # no client needs it
 
@@ -386,6 +407,7 @@ def build_federation(
         weighting=Weighting(config.weighting, config.max_weight_ratio or 0),
         keep_checkpoints=config.keep_checkpoints,
         projection_size=config.model.projection_size,
+        secure=select(SecureSettings, config.secagg) if config.secure_aggregation else None,
         recompute_statistics=config.train.statistics == "recomputed",
         images=image_set.content if image_set else None,
     )
@@ -397,6 +419,8 @@ def build_federation(
             image_set.train, config.seed, **limits, backend=backend, schedule=schedule
         )
     strategy, acts_on = build_strategy(plain(config.strategy)), config.strategy.acts_on
+    key = noise_key or derive_seed(config.seed, "privacy").to_bytes(8, "big")
+    strategy = make_private(strategy, build_privacy(config), key)
     method = build_method(config, backend.device)
     momentum = zero_momentum(method, build_train_settings(config).optimizer)
     return Federation(
@@ -416,7 +440,8 @@ def run_rounds(
     report: Callable[[str], None] = no_op,
     stop: Event | None = None,
     membership: Membership | None = None,
-) -> None:
+    noise_key: bytes | None = None,
+) -> str | None:
     """Run the rounds that are left, then write encoder and loss graph: main.py's and app.py's core.
 
     Args:
@@ -425,6 +450,10 @@ def run_rounds(
         report: told, in a line, of waiting and of nodes that come and go.
         stop: set by another thread to end all waiting.
         membership: decides who may take part; by default whoever comes first.
+        noise_key: as of `build_federation`.
+
+    Returns:
+        Why it ended before the last round, if it did.
 
     Raises:
         RuntimeError: too few clients, or files can't be written.
@@ -433,20 +462,21 @@ def run_rounds(
     from fedssl.reporting.log import TensorboardWriter
 
     nodes = Nodes(grid, build_patience(config), report, stop, membership)
-    federation = build_federation(config, nodes, run, image_set, checkpoint)
+    federation = build_federation(config, nodes, run, image_set, checkpoint, noise_key)
     with TensorboardWriter(run.path, purge_step=federation.done + 1) as events:
 
         def keep(metrics: RoundMetrics) -> None:
             events.write(metrics)
             on_round(metrics)
 
-        federation.train(keep, on_progress)
+        ended = federation.train(keep, on_progress)
     encoder = federation.encoder()
     resolution = build_schedule(config).eval_resolution(config.num_rounds)
     run.save_encoder(encoder, resolution, name_of_images(config.dataset), federation.done)
     title = f"{name_of(config.method)} on {name_of_images(config.dataset)}"
     file, loss_name = run.path / "loss_graph.png", federation.method.loss_name
     draw_loss_graph(run.read_metrics(), file, title, loss_name)
+    return ended
 
 
 # --- runs --------------------------------------------------------------------------
@@ -552,11 +582,23 @@ def evaluate_run(
         precision=str(backend.dtype).removeprefix("torch."),
         measured=provenance(),
         images=image_set.content,
+        privacy=spent_privacy(run, config, round_number),
         own_images=load_checkpoint(checkpoint).images == image_set.content,
     )
     run.add_result(result.to_json())
     keep_classifier(run, config, method.encoder, result, image_set.class_names)
     return result
+
+
+def spent_privacy(
+    run: RunDirectory, config: DictConfig, round_number: int
+) -> dict[str, Any] | None:
+    """Tell what the encoder after a round may tell of a client; None without such a promise."""
+    spent = next((m for m in run.read_metrics() if m.round == round_number), None)
+    if spent is None or spent.epsilon is None:
+        return None
+    found = {"epsilon": spent.epsilon, "delta": spent.delta}
+    return plain(config.privacy) | found | {"not_covered": list(NOT_COVERED)}
 
 
 def keep_classifier(
@@ -658,6 +700,7 @@ def evaluate_at_sites(
         checkpoint=checkpoint.name,
         precision=str(backend.dtype).removeprefix("torch."),
         measured=provenance(),
+        privacy=spent_privacy(run, config, round_number),
     )
     run.add_result(result.to_json())
     keep_classifier(run, config, method.encoder, result, classes.names)

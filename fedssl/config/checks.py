@@ -42,9 +42,6 @@ def check_settings(program: str, settings: Mapping[str, Any]) -> None:
     """
     for prefix, model, section in list(_sections(program, settings)):
         _check_section(prefix, model, section, settings)
-    if program == "config":
-        _check_resolution(settings)
-        _check_negatives(settings)
 
 
 def check_federation(settings: Mapping[str, Any]) -> None:
@@ -267,23 +264,3 @@ def flatten_mapping(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     visit("", settings)
     return leaves
-
-
-def _check_resolution(settings: Mapping[str, Any]) -> None:
-    size, side = settings["train"]["eval_resolution"], settings["dataset"]["image_size"]
-    if size and size > side:
-        raise SettingError(
-            f"train.eval_resolution={size}: the images have {side} pixels; at most these"
-        )
-
-
-def _check_negatives(settings: Mapping[str, Any]) -> None:
-    """Make sure that negatives of other clients lie where a client's own projections do."""
-    shared = settings["method"].get("shared_negatives", 0)
-    train = settings["train"]
-    if shared and (train["statistics"] == "averaged" or train["global_statistics_from"] == 1):
-        raise SettingError(
-            f"method.shared_negatives={shared:g}: needs one normalization for all clients; add "
-            "train.statistics=recomputed train.global_statistics_from=0.03, or another share of "
-            "the run"
-        )

@@ -25,6 +25,7 @@ from fedssl.config.checks import (
 from fedssl.config.fields import nearest
 from fedssl.config.moved import modernize_overrides
 from fedssl.config.schema import GROUPS, PROGRAMS
+from fedssl.config.together import check_together
 from fedssl.env import ROOT
 from fedssl.errors import SettingError, UserError
 
@@ -68,6 +69,7 @@ def load_config(name: str, overrides: Sequence[str], federated: bool = False) ->
         config = take_paths_as_text(_compose(name, given))
     check_settings(name, to_mapping(config))
     if name == "config":
+        check_together(to_mapping(config))
         (check_federation if federated else check_simulation)(to_mapping(config))
     return config
 

@@ -122,15 +122,16 @@ def modernize(config: DictConfig) -> DictConfig:
         "optimizer": old["optimizer"] or _optimizer(train),
         "strategy": _strategy(old["strategy"]),
         "receive": old["receive"] or {"_target_": REPLACE},
+        "privacy": old["privacy"] or {"mechanism": "none"},
         "head": old["head"] or _only(GROUPS["head"].models[""], evaluation),
     }
     sections["eval"] = _evaluation(evaluation, _complete("head", sections["head"]))
     top = defaults_of(MainSettings)
     top["run_dir"] = top["output_dir"]  # where it was is not known any more, and plays no part
-    monitor = top["monitor"] | old.get("monitor", {})
+    inner = {name: top[name] | old.get(name, {}) for name in ("monitor", "secagg")}
     renamed = {RENAMED.get(key, key): value for key, value in old.items()}
     whole = {group: _complete(group, sections.get(group, old[group])) for group in GROUPS}
-    return OmegaConf.create(top | renamed | whole | {"monitor": monitor})
+    return OmegaConf.create(top | renamed | whole | inner)
 
 
 def _complete(group: str, section: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,7 +165,7 @@ def _optimizer(train: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _method(train: Mapping[str, Any], network: Mapping[str, Any]) -> dict[str, Any]:
-    shape = {key: network[key] for key in network if key not in ("encoder", "stem")}
+    shape = {key: network[key] for key in network if key not in ("encoder", "stem", "norm")}
     target = {"_target_": "model.SimCLR"}
     temperature = {key: train[key] for key in ("temperature",) if key in train}
     return target | temperature | shape

@@ -29,6 +29,25 @@ class Monitor(Section):
     neighbors: int = Field(default=10, ge=1, description="that decide")
 
 
+class SecureAggregation(Section):
+    """How updates are masked, where they are."""
+
+    threshold: float = Field(
+        default=0.67,
+        ge=0.5,
+        lt=1,
+        description="more than this share of a round's clients must answer to its end",
+    )
+    max_ratio: float = Field(
+        default=1.0,
+        gt=0,
+        description="clients clip their update to so many times the length of the weights",
+    )
+    largest: float = Field(
+        default=64.0, gt=0, description="largest number of an update; more is cut off"
+    )
+
+
 class MainSettings(Section):
     """What `python main.py` has beside its groups."""
 
@@ -81,6 +100,12 @@ class MainSettings(Section):
         default=10,
         ge=1,
         description="a client counts for so many times the median's images at most; null: for all",
+    )
+    secure_aggregation: bool = Field(
+        default=False, description="the server learns the sum of the updates and no single one"
+    )
+    secagg: SecureAggregation = Field(
+        default=SecureAggregation(), description="how updates are masked"
     )
     held_out: float = Field(
         default=0.1, gt=0, le=0.5, description="share of a client's images for its loss"
@@ -222,6 +247,15 @@ GROUPS = {
             f"{FLOWER}.FedTrimmedAvg": sections.FedTrimmedAvg,
             f"{FLOWER}.Krum": sections.Krum,
         },
+    ),
+    "privacy": Group(
+        "what of a client the server's model may tell",
+        {
+            "none": sections.Privacy,
+            "central": sections.CentralPrivacy,
+            "adaptive": sections.AdaptivePrivacy,
+        },
+        "mechanism",
     ),
     "receive": Group(
         "how a client takes the averaged model",

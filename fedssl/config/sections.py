@@ -65,6 +65,11 @@ class Model(Section):
     stem: Literal["auto", "conv3x3_stride1", "conv3x3_stride2", "imagenet"] = Field(
         default="auto", description="its first layers; auto: by the images' size"
     )
+    norm: Literal["batch", "group"] = Field(
+        default="batch",
+        description="what normalizes: batch, by all images of a step, with statistics that "
+        "travel; group, each image by itself",
+    )
     projection_hidden: int = Field(default=512, ge=1, description="width inside the head")
     projection_size: int = Field(default=128, ge=1, description="numbers that the loss compares")
     deep_supervision: Stages = Field(
@@ -320,6 +325,57 @@ class Krum(Strategy):
     """The update that is nearest to the others."""
 
     num_malicious_nodes: int = Field(default=1, ge=0, description="clients that may be hostile")
+
+
+class Privacy(Section):
+    """None: the server sees every update."""
+
+    mechanism: str = Field(description="none, central or adaptive")
+
+
+class CentralPrivacy(Privacy):
+    """Differential privacy of clients: the server clips updates and adds noise to their mean."""
+
+    noise_multiplier: float = Field(
+        default=1.0, gt=0, description="noise on the sum of the updates, in clipping norms"
+    )
+    clipping_norm: float = Field(default=1.0, gt=0, description="length of an update, at most")
+    clipping: Literal["server", "client"] = Field(
+        default="server", description="who clips: server, or client before anything leaves it"
+    )
+    delta: float = Field(
+        default=1.0e-5, gt=0, lt=1, description="probability at which epsilon need not hold"
+    )
+    max_epsilon: float | None = Field(
+        default=None, gt=0, description="no round begins that would exceed it; null: no limit"
+    )
+
+
+class AdaptivePrivacy(Privacy):
+    """The same, clipped by a length that follows the updates."""
+
+    noise_multiplier: float = Field(
+        default=1.0, gt=0, description="noise on the sum of the updates, in clipping norms"
+    )
+    clipping_norm: float = Field(
+        default=1.0, gt=0, description="length of an update in the first round, at most"
+    )
+    delta: float = Field(
+        default=1.0e-5, gt=0, lt=1, description="probability at which epsilon need not hold"
+    )
+    max_epsilon: float | None = Field(
+        default=None, gt=0, description="no round begins that would exceed it; null: no limit"
+    )
+    target_quantile: float = Field(
+        default=0.5, ge=0, le=1, description="share of the updates that are short enough"
+    )
+    clip_rate: float = Field(default=0.2, gt=0, description="how fast the length gets there")
+    count_noise: float | None = Field(
+        default=None,
+        gt=0,
+        description="noise on the number of short updates; null: a twentieth of the clients of a "
+        "round, and at least noise_multiplier",
+    )
 
 
 class Head(Section):

@@ -99,13 +99,15 @@ def check_node_config(text: str) -> dict[str, Any]:
         UserError: not readable, an unknown key, a wrong value or folder.
     """
     flag = "--node-config"
-    folders = ("data-path", "labels-path")
-    values = _read_pairs(flag, text, ("partition-id", "num-partitions", *folders))
+    folders, files = ("data-path", "labels-path"), ("signing-key", "nodes-file")
+    values = _read_pairs(flag, text, ("partition-id", "num-partitions", *folders, *files))
     for key, value in values.items():
-        if key not in folders and (type(value) is not int or value < 0):
+        if key not in (*folders, *files) and (type(value) is not int or value < 0):
             raise UserError(f"{flag}: {key}={value}: must be a whole number, at least 0")
     for key in values.keys() & set(folders):
         values[key] = _check_folder(f"{flag}: {key}", str(values[key]))
+    for key in values.keys() & set(files):
+        values[key] = str(check_file(f"{flag}: {key}", Path(str(values[key]))).absolute())
     return values
 
 

@@ -98,6 +98,7 @@ def client_app(arguments: Sequence[str] | None = None) -> None:
         if key:
             key = check_file("--auth-supernode-private-key", key)
             arguments += ["--auth-supernode-private-key", str(key)]
+            node_config.setdefault("signing-key", str(key.absolute()))
         warn_if_insecure(link)
         with tempfile.TemporaryDirectory() as folder:
             file = write_toml(Path(folder, "node.toml"), node_config)

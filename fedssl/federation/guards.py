@@ -117,7 +117,7 @@ def read_update(
         check_state(state, expected)
         if names is not None and list(reply.content[ARRAYS]) != list(names):
             raise ValueError("its arrays are not those of the request, in their order")
-    metrics |= _take_extra(reply.content)
+    metrics |= take_extra(reply.content)
     _check_records(reply.content, training=expected is not None)
     return Update(partition, num_examples, metrics, state, reply, weight=num_examples)
 
@@ -133,10 +133,14 @@ def check_num_examples(count: float) -> int:
     return int(count)
 
 
-def _take_extra(content: RecordDict) -> dict[str, float]:
-    """Take out of the metrics what only some clients tell, which strategies can't average."""
+def take_extra(content: RecordDict, more: Sequence[str] = ()) -> dict[str, float]:
+    """Take out of the metrics what only some clients tell, which strategies can't average.
+
+    Raises:
+        ValueError: no whole numbers.
+    """
     record = content.metric_records[METRICS]
-    told = read_metrics(content, [name for name in EXTRA if name in record])
+    told = read_metrics(content, [name for name in (*EXTRA, *more) if name in record])
     for name, value in told.items():
         if value != int(value) or not 0 <= value <= MAX_EXAMPLES:
             raise ValueError(f"{name} is {value:g}")
@@ -321,7 +325,7 @@ def client_metrics(
             partition=update.partition,
             num_examples=update.num_examples,
             train_loss=update.metrics["train-loss"],
-            update_norm=update.update_norm,
+            update_norm=update.update_norm if update.state else None,
             cosine=update.cosine,
             images=int(update.metrics["images"]),
             images_per_second=update.metrics["images-per-second"],

@@ -9,6 +9,7 @@ from typing import Protocol, TypeVar, cast
 
 from flwr.app import ConfigRecord, Message, MessageType
 from flwr.serverapp import Grid
+from flwr.serverapp.exception import PrivacyBudgetExhausted
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
@@ -34,6 +35,8 @@ from fedssl.federation.negatives import (
     unflatten,
 )
 from fedssl.federation.nodes import Nodes, OnReplies, no_op
+from fedssl.federation.privacy import PrivateMean
+from fedssl.federation.secure.server import SecureRound, SecureSettings, as_update
 from fedssl.federation.statistics import (
     pool_statistics,
     statistics_request,
@@ -71,6 +74,7 @@ class RoundSettings:
         min_results: clients that must come back from a round.
         max_update_ratio: see `reject_outliers`.
         weighting: of the clients in averages.
+        secure: how updates are masked; None leaves them open to the server.
         keep_checkpoints: so many of the newest stay.
         projection_size: numbers of a projection.
         recompute_statistics: whether clients measure BatchNorm's statistics anew after
@@ -88,6 +92,7 @@ class RoundSettings:
     recompute_statistics: bool = False
     weighting: Weighting = field(default_factory=Weighting)
     images: str | None = None
+    secure: SecureSettings | None = None
 
 
 class Federation:
@@ -132,12 +137,15 @@ class Federation:
             self.told = unflatten(checkpoint.beside)
             self.done = checkpoint.round
 
-    def train(self, on_round: OnRound, on_progress: ProgressCallback = no_op) -> None:
+    def train(self, on_round: OnRound, on_progress: ProgressCallback = no_op) -> str | None:
         """Run the rounds that are left; leave checkpoints and metrics.
 
         Args:
             on_round: called with the metrics of every finished round.
             on_progress: called as clients answer.
+
+        Returns:
+            Why it ended before the last round, if it did.
 
         Raises:
             RuntimeError: too few clients, or files can't be written.
@@ -149,6 +157,9 @@ class Federation:
                 on_round(metrics)
         except OSError as error:
             raise RuntimeError(f"can't write to {self.run.path}: {error.strerror}") from error
+        except PrivacyBudgetExhausted as ended:
+            return str(ended)
+        return None
 
     def _keep(self, metrics: RoundMetrics) -> None:
         """Write a round's checkpoint, then its metrics line."""
@@ -177,6 +188,7 @@ class Federation:
         monitor = self.monitor
         knn = monitor.accuracy(self.encoder(), round_number) if monitor else None
         ended, bounded = time.perf_counter(), self.settings.weighting.bounds
+        spent = self.strategy.privacy_spent() if isinstance(self.strategy, PrivateMean) else None
         metrics = RoundMetrics(
             round=round_number,
             train_loss=weighted_mean(updates, "train-loss"),
@@ -195,6 +207,8 @@ class Federation:
             clients=tuple(map(self._named, client_metrics(updates, evaluations, bounded))),
             failures=tuple(map(self._named, failures + silent + absent)),
             nodes=self.nodes.take_events(),
+            epsilon=spent.epsilon if spent else None,
+            delta=spent.delta if spent else None,
         )
         metrics = replace(metrics, warnings=tuple(find_warnings(metrics, self.sizes)))
         self._note_sizes(metrics)
@@ -211,16 +225,42 @@ class Federation:
         self, round_number: int, on_progress: ProgressCallback
     ) -> tuple[list[Update], list[Failure]]:
         """Train the sampled clients; the global model becomes what their updates give."""
+        if self.settings.secure:
+            return self._train_masked(self.settings.secure, round_number, on_progress)
         updates, failures = self._ask(round_number, MessageType.TRAIN, on_progress)
         state = self._travels(MessageType.TRAIN)
         ratio = self.settings.max_update_ratio
         updates, far = reject_outliers(updates, state, self.parameters, ratio)
         failures += far
+        if isinstance(self.strategy, PrivateMean):
+            updates, unclipped = self.strategy.refuse(updates)
+            failures += unclipped
         self._require(round_number, updates, failures)
         combined = aggregate(self.strategy, round_number, updates, state, self.names)
+        self._take(combined)
+        return updates, failures
+
+    def _train_masked(
+        self, secure: SecureSettings, round_number: int, on_progress: ProgressCallback
+    ) -> tuple[list[Update], list[Failure]]:
+        """Train the sampled clients, of whose updates nobody learns more than the mean."""
+        messages = self._requests(round_number, MessageType.TRAIN)
+        start = self._travels(MessageType.TRAIN)
+        on_replies = _tell(on_progress, MessageType.TRAIN, len(messages))
+        weighting, run = self.settings.weighting, self.run.identity
+        given = SecureRound(self.nodes, secure, weighting, round_number, run).collect(
+            messages, start, on_replies
+        )
+        self._require(round_number, given.updates, given.failures)
+        mean = as_update(given.mean, self.names, messages[0])
+        combined = aggregate(self.strategy, round_number, [mean], start, self.names)
+        self._take(combined)
+        return given.updates, given.failures
+
+    def _take(self, combined: Mapping[str, Tensor]) -> None:
+        """Let the global model and the momentum be what the strategy made of the updates."""
         shared, self.momentum = split_momentum(combined)
         load_state(self.method, {**self.method.state_dict(), **shared})
-        return updates, failures
 
     def _ask(
         self, round_number: int, kind: str, on_progress: ProgressCallback

@@ -33,7 +33,7 @@ class Projected(Method):
         """
         super().__init__()
         self.encoder = encoder
-        sizes = projection_hidden, projection_size
+        sizes = projection_hidden, projection_size, encoder.settings.norm
         self.projection_head = make_head(encoder.feature_size, *sizes)
         self.deep_heads = nn.ModuleDict(
             {stage: make_head(encoder.width(stage), *sizes) for stage in deep_supervision}

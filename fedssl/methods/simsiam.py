@@ -33,7 +33,8 @@ class SimSiam(Projected):
         """
         super().__init__(encoder, projection_hidden, projection_size, deep_supervision)
         sizes = projection_size, projection_hidden, projection_size
-        self.predictors = nn.ModuleList(make_head(*sizes) for _ in range(1 + len(self.deep_heads)))
+        count, norm = 1 + len(self.deep_heads), encoder.settings.norm
+        self.predictors = nn.ModuleList(make_head(*sizes, norm) for _ in range(count))
 
     def targets(self, projections: Sequence[Tensor], views: Tensor) -> list[Tensor]:
         """Give what the predictors are to tell of the other view, without gradient.

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from fedssl.networks.norms import norm_of
+
 BLOCKS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     "resnet18": (BasicBlock, [2, 2, 2, 2]),
     "resnet50": (Bottleneck, [3, 4, 6, 3]),
@@ -33,12 +35,14 @@ class EncoderSettings:
             convolution and drop the max-pooling (the change for small images of
             the SimCLR paper, appendix B.9); "imagenet" keeps torchvision's own.
         mean, std: three channel statistics of images in [0, 1].
+        norm: see `norm_of`.
     """
 
     architecture: str
     stem: str
     mean: Sequence[float]
     std: Sequence[float]
+    norm: str = "batch"
 
 
 class Conv3x3(nn.Conv2d):
@@ -79,14 +83,14 @@ class Encoder(ResNet):
         """Build it at random initialization.
 
         Raises:
-            ValueError: an unknown architecture or stem.
+            ValueError: an unknown architecture, stem or norm.
         """
         if settings.architecture not in BLOCKS:
             known = ", ".join(BLOCKS)
             raise ValueError(f"unknown encoder {settings.architecture!r}, known: {known}")
         if settings.stem not in STEMS:
             raise ValueError(f"unknown stem {settings.stem!r}, known: {', '.join(STEMS)}")
-        super().__init__(*BLOCKS[settings.architecture])
+        super().__init__(*BLOCKS[settings.architecture], norm_layer=norm_of(settings.norm))
         self.settings = settings
         self.feature_size = 512 * BLOCKS[settings.architecture][0].expansion
         self.fc: nn.Module = nn.Identity()

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from textwrap import fill, indent
 from types import TracebackType
@@ -75,13 +75,17 @@ class Waiting:
 class RoundProgress(Waiting):
     """A line for every finished round and, in a terminal, a bar with clients and time left."""
 
-    def __init__(self, num_rounds: int, done: int = 0, quiet: bool = False) -> None:
+    def __init__(
+        self, num_rounds: int, done: int = 0, quiet: bool = False, private: bool = False
+    ) -> None:
         """Start a display.
 
         Args:
             done: rounds of an earlier part of the run.
             quiet: show only failures and warnings, on the standard error stream.
+            private: show epsilon, too.
         """
+        self.columns = [how for _, how in RoundMetrics.numbers(Where.TABLE, seldom=private)]
         self.num_rounds, self.done, self.earlier, self.quiet = num_rounds, done, done, quiet
         self.rounds = float(done)  # as far as the bar is
         self.train_share = TRAIN_SHARE
@@ -90,8 +94,8 @@ class RoundProgress(Waiting):
 
     def __enter__(self) -> "RoundProgress":
         if not self.quiet:
-            labels = {how.label: how.label for _, how in RoundMetrics.numbers(Where.TABLE)}
-            print_line(_table_line("round", labels))
+            labels = {how.label: how.label for how in self.columns}
+            print_line(_table_line("round", self.columns, labels))
         super().__enter__()
         return self
 
@@ -126,7 +130,7 @@ class RoundProgress(Waiting):
         """Print a round's line of the table and what went wrong, and move the bar."""
         if not self.quiet:
             place = f"{metrics.round}/{self.num_rounds}"
-            print_line(_table_line(place, metrics.texts(Where.TABLE)))
+            print_line(_table_line(place, self.columns, metrics.texts(Where.TABLE)))
         margin = f"round {metrics.round}: " if self.quiet else " " * 11
         for failure in metrics.failures:
             line = f"{failure.who} failed: {failure.reason}"
@@ -157,9 +161,8 @@ def _one_line(*parts: str | Text) -> Text:
     return Text.assemble(*parts, no_wrap=True, overflow="crop", end="")
 
 
-def _table_line(place: str, texts: Mapping[str, str | None]) -> str:
+def _table_line(place: str, columns: Sequence[Shown], texts: Mapping[str, str | None]) -> str:
     """Write a line of the table of rounds; a missing number is a dash as wide."""
-    columns = [how for _, how in RoundMetrics.numbers(Where.TABLE)]
     cells = [f"{texts[how.label] or '-':>{_width(how)}}" for how in columns]
     return "  ".join(["", f"{place:>7}", *cells])
 

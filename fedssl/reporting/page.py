@@ -116,9 +116,13 @@ def list_nodes(rounds: Sequence[RoundMetrics]) -> list[tuple[int, str]]:
 
 def table_of_rounds(rounds: Sequence[RoundMetrics]) -> list[list[str]]:
     """Write the numbers of all rounds in columns, below their headings; "–" is none."""
-    headings = ["round", *(how.label for _, how in RoundMetrics.numbers(Where.PAGE))]
-    lines = [[str(m.round), *(t or "–" for t in m.texts(Where.PAGE).values())] for m in rounds]
-    return [headings, *lines]
+    private = any(metrics.epsilon is not None for metrics in rounds)
+    labels = [how.label for _, how in RoundMetrics.numbers(Where.PAGE, seldom=private)]
+    lines = []
+    for metrics in rounds:
+        texts = metrics.texts(Where.PAGE)
+        lines.append([str(metrics.round), *(texts[label] or "–" for label in labels)])
+    return [["round", *labels], *lines]
 
 
 def list_sources(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

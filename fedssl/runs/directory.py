@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, count
@@ -15,6 +16,7 @@ from yaml import YAMLError
 from fedssl.config.checks import check_settings
 from fedssl.config.compose import to_mapping
 from fedssl.config.moved import modernize, modernize_overrides
+from fedssl.config.together import check_together
 from fedssl.errors import UserError
 from fedssl.files import write_atomically
 from fedssl.networks.encoder import Encoder
@@ -79,6 +81,17 @@ class RunDirectory:
             write_atomically(file, uuid4().hex.encode())
         return file.read_text()
 
+    def noise_key(self) -> bytes:
+        """Give the secret that the noise of differential privacy is drawn by, 32 bytes.
+
+        It is drawn by the operating system when it is first asked for. Whoever has it can take
+        the noise away; once the run has ended for good, its file may be deleted.
+        """
+        file = self.path / ".noise-key"
+        if not file.is_file():
+            write_atomically(file, secrets.token_bytes(32))
+        return file.read_bytes()
+
     def lock(self) -> None:
         """Keep other processes from going on with this run as long as this one lives.
 
@@ -122,6 +135,7 @@ class RunDirectory:
         try:
             config = modernize(config)
             check_settings("config", to_mapping(config))
+            check_together(to_mapping(config))
         except (UserError, ValueError) as error:
             raise UserError(f"{self.config}: {error}; {remedy}") from error
         return config

@@ -91,6 +91,7 @@ def pack_encoder(
     metadata = {
         "architecture": settings.architecture,
         "stem": settings.stem,
+        "norm": settings.norm,
         "features": str(encoder.feature_size),
         "image_size": str(image_size),
         "mean": json.dumps(list(settings.mean)),
@@ -167,7 +168,8 @@ def load_encoder(file: Path) -> TrainedEncoder:
         if not 1 <= size <= MAX_IMAGE_SIZE:
             raise ValueError(f"image_size {size}")
         mean, std = json.loads(metadata["mean"]), json.loads(metadata["std"])
-        settings = EncoderSettings(metadata["architecture"], metadata["stem"], mean, std)
+        norm = metadata.get("norm", "batch")  # before there was another
+        settings = EncoderSettings(metadata["architecture"], metadata["stem"], mean, std, norm)
         encoder = Encoder(settings)
         classifier = _take_classifier(state, metadata, encoder.feature_size)
         load_state(encoder, state)

@@ -33,6 +33,7 @@ class Shown:
         form: a format specification, of the number times `scale`.
         unit: behind the number, with the space before it.
         where: the places that show it.
+        seldom: most runs don't have it; tables leave its column out then.
     """
 
     label: str
@@ -40,6 +41,7 @@ class Shown:
     unit: str = ""
     scale: float = 1.0
     where: Where = EVERYWHERE
+    seldom: bool = False
 
     def text(self, value: float | None) -> str | None:
         """Write a value with its unit; None stays None."""
@@ -160,7 +162,8 @@ class RoundMetrics:
 
     Losses are the method's, means over clients weighted by their images; None where
     nobody could tell. `knn` is top-1 from 0 to 1. `bytes_moved` counts the model's
-    arrays, to the clients and back.
+    arrays, to the clients and back. `epsilon` at `delta` is of all rounds so far, see
+    fedssl/federation/privacy.py.
     """
 
     round: int
@@ -182,17 +185,23 @@ class RoundMetrics:
     bytes_moved: int | None = shown(
         "moved", ",.0f", " MB", 1e-6, where=Where.LOG | Where.CURVE | Where.PAGE
     )
+    epsilon: float | None = shown("epsilon", ".2f", seldom=True)
+    delta: float | None = None
     clients: tuple[ClientMetrics, ...] = ()
     failures: tuple[Failure, ...] = ()
     warnings: tuple[str, ...] = ()
     nodes: tuple[NodeEvent, ...] = ()
 
     @classmethod
-    def numbers(cls, where: Where) -> Iterator[tuple[str, Shown]]:
-        """List the names of the numbers that a place shows, in order, and how."""
+    def numbers(cls, where: Where, seldom: bool = True) -> Iterator[tuple[str, Shown]]:
+        """List the names of the numbers that a place shows, in order, and how.
+
+        Args:
+            seldom: also those that most runs don't have.
+        """
         for each in fields(cls):
             how = each.metadata.get("shown")
-            if how and how.where & where:
+            if how and how.where & where and (seldom or not how.seldom):
                 yield each.name, how
 
     def texts(self, where: Where) -> dict[str, str | None]:
@@ -219,7 +228,10 @@ class RoundMetrics:
             key: [_given(each) for each in getattr(self, key)]
             for key in ("clients", "failures", "nodes")
         }
-        return asdict(self) | told
+        found = asdict(self) | told
+        if self.epsilon is None:
+            del found["epsilon"], found["delta"]
+        return found
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> "RoundMetrics":

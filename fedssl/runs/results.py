@@ -87,6 +87,8 @@ class Result:
         checkpoint: name of its file.
         precision: of the features, "float32" or "bfloat16".
         measured: when and with what, see `provenance`.
+        privacy: of the encoder's training, where it was private: epsilon, delta, all that
+            decided them, and what they do not cover.
     """
 
     mode: str
@@ -102,12 +104,15 @@ class Result:
     measured: Mapping[str, Any]
     images: str | None = None
     own_images: bool = True
+    privacy: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Write it as an entry of results.json."""
         entry = asdict(self) | {"rows": [score.to_json() for score in self.rows]}
         if self.images is None:  # as before version 1.1
             del entry["images"], entry["own_images"]
+        if self.privacy is None:
+            del entry["privacy"]
         return entry
 
     @classmethod
