@@ -134,6 +134,37 @@ def method_run(method: str, split: str) -> str:
     return f"methods/{split}-{method}"
 
 
+# A thousand clients of 50 images, of which 50 train in each of 12 rounds: epsilon by noise, at
+# delta 1e-5. The clipping costs by itself, so it has a line without noise.
+THOUSAND = (
+    *("experiment=cifar10_sweep", "num_clients=1000", "num_rounds=12"),
+    *("strategy.fraction_train=0.05", "strategy.fraction_evaluate=0.02"),
+    *("train.local_epochs=3", "train.max_steps=3", "monitor.bank=2000"),
+)
+PLAINLY = ("model.norm=group", "train.statistics=averaged", "optimizer.momentum_start=zero")
+CLIPPED = ("privacy=central", "privacy.clipping_norm=0.2")
+NOISE = {"10": 1.84, "4": 4.01, "1": 14.02}  # by epsilon after 12 rounds
+FIVE = ("experiment=cifar10_sweep", "num_rounds=7", "train.max_steps=24", "eval.baselines=false")
+PRIVATE: dict[str, tuple[str, Sequence[str]]] = {  # title in the table, and overrides
+    "thousand": ("1,000 clients, 50 a round", (*THOUSAND, *PLAINLY, "weighting=equal")),
+    "thousand-clipped": (
+        "the same, clipped to a length of 0.2",
+        (*THOUSAND, *CLIPPED, "privacy.noise_multiplier=1e-6", "eval.baselines=false"),
+    ),
+    **{
+        f"thousand-epsilon-{epsilon}": (
+            f"the same with noise, epsilon {epsilon}",
+            (*THOUSAND, *CLIPPED, f"privacy.noise_multiplier={noise}", "eval.baselines=false"),
+        )
+        for epsilon, noise in NOISE.items()
+    },
+    "five": ("5 clients, all in each of 7 rounds", (*FIVE, *PLAINLY)),
+    "five-epsilon-10": (
+        "the same, clipped to 0.2 with noise, epsilon 10",
+        (*FIVE, *CLIPPED, "privacy.noise_multiplier=1.41"),
+    ),
+}
+
 # Beside the budget of cifar10_cpu what a federation stands between: as many steps one after the
 # other on a fifth of the images, and all images with the steps of both clients of a round.
 BETWEEN = ("experiment=cifar10_cpu", "strategy.fraction_train=1", "eval.baselines=false")
@@ -159,6 +190,8 @@ DIGITS = {
     ],
 }
 RUNS: dict[str, list[str]] = DIGITS | BUDGETS
+RUNS |= {f"privacy/{name}": list(overrides) for name, (_, overrides) in PRIVATE.items()}
+RUNS["privacy/digits-secure"] = ["secure_aggregation=true"]
 RUNS |= {
     f"sweep/{name}": [
         "experiment=cifar10_sweep",
@@ -183,7 +216,7 @@ for method, (_, overrides) in METHODS.items():
 ONE_SEED = {*BUDGETS} | {
     f"sweep/{name}" for name in ("short-first-rounds", "two-classes-fedprox", "fedadam")
 }
-ONE_SEED |= {name for name in RUNS if name.startswith("methods/digits-")}
+ONE_SEED |= {name for name in RUNS if name.startswith(("methods/digits-", "privacy/"))}
 # Evaluations besides that of main.py, by run.
 EVALUATIONS: dict[str, list[list[str]]] = {
     f"sweep/{FIRST}": [

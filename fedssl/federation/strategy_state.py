@@ -129,8 +129,9 @@ def _encode(value: Any, path: str, arrays: dict[str, np.ndarray], whole: bool = 
 
 
 def _keeps_state(thing: object) -> bool:
-    """Tell whether an object gives and takes its state itself, as Flower's accountants do."""
-    return all(callable(getattr(thing, name, None)) for name in ("state_dict", "load_state_dict"))
+    """Tell whether an object gives its state as a dictionary, as Flower's accountants do."""
+    ways = (getattr(thing, name, None) for name in ("state_dict", "load_state_dict"))
+    return all(map(callable, ways)) and type(thing.state_dict()) is dict  # type: ignore[attr-defined]
 
 
 def _is_its_attributes(thing: object) -> bool:

@@ -51,4 +51,4 @@ def test_requirements_are_exact(name, other):
     lines = [line for line in lines if line]
     assert other in lines
     for line in lines:
-        assert line == other or re.fullmatch(r"[\w.-]+(\[\w+\])?==[\w.]+", line), line
+        assert line == other or re.fullmatch(r"[\w.-]+(\[[\w,]+\])?==[\w.]+", line), line

@@ -124,6 +124,7 @@ def test_a_number_is_written_with_its_format_scale_and_unit():
         "time": "10.0 s",
         "images/s": "1,234",
         "moved": "46 MB",
+        "epsilon": None,
     }
 
 
