@@ -30,7 +30,7 @@ from fedssl.errors import WARNING, SettingError, UserError
 from fedssl.federation.aggregation import build_strategy, fraction_train
 from fedssl.federation.membership import Membership, Patience
 from fedssl.federation.nodes import Nodes, no_op
-from fedssl.federation.privacy import NOT_COVERED, PrivacySettings, make_private
+from fedssl.federation.privacy import PrivacySettings, make_private
 from fedssl.federation.resources import (
     ClientResources,
     clients_per_round,
@@ -47,7 +47,7 @@ from fedssl.networks.state import load_state
 from fedssl.runs.checkpoints import Checkpoint, load_checkpoint
 from fedssl.runs.directory import RunDirectory
 from fedssl.runs.encoder_file import Classifier
-from fedssl.runs.metrics import RoundMetrics
+from fedssl.runs.metrics import NOT_COVERED, RoundMetrics
 from fedssl.runs.resume import Continuation, check_same, reopen
 from fedssl.seeding import derive_seed, draw_seed
 from fedssl.training.local import TrainSettings

@@ -5,6 +5,7 @@ python -m scripts.draw_images --run=outputs/latest   # and those that need the w
 """
 
 import argparse
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -149,6 +150,30 @@ def draw_federations(file: Path, counts: Sequence[int] = (1, 2, 5, 10, 20)) -> N
     figure.savefig(file, dpi=150)
 
 
+def draw_attack(file: Path) -> None:
+    """Show how well images of a client are told from others, by what an attacker sees."""
+    record = ROOT / "results" / "privacy" / "attack.json"
+    if not record.exists():
+        return
+    areas = json.loads(record.read_text())["areas"]
+    names = list(areas)[::-1]
+    means = [areas[name]["mean"] for name in names]
+    errors = [areas[name]["standard_error"] for name in names]
+    figure = Figure(figsize=(WIDTH, 2.1), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(names))
+    axes.barh(
+        places, np.array(means) - 0.5, xerr=errors, left=0.5, color=BLUE, ecolor=INK, height=0.6
+    )
+    axes.axvline(0.5, color=INK, linewidth=1)
+    axes.set_yticks(places, names)
+    axes.set_xlim(0.4, 1)
+    axes.set_xlabel("area under the ROC curve: 0.5 is a guess, 1 certainty", color=INK)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    figure.savefig(file, dpi=150)
+
+
 class Sketch:
     """Boxes, arrows, words and small pictures, placed in inches from the lower left corner."""
 
@@ -237,6 +262,7 @@ def main() -> None:
     given, folder = parser.parse_args(), ROOT / "images"
     draw_overview(folder / "overview.png")
     draw_formula(folder / "loss_eq.png")
+    draw_attack(folder / "attack.png")
     draw_views(folder / "views.png", [])
     draw_dealing(folder / "partitions.png", ["partition=dirichlet", "partition.alpha=0.1"])
     recorded = RunDirectory(RECORDED_RUN).read_metrics()

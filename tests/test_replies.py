@@ -29,6 +29,16 @@ EXPECTED = {
         {"mean", "covariance"},
     ),
     ("query.statistics", ""): ({"metrics", "buffers"}, {"partition-id", "num-examples"}, None),
+    ("query", "masked"): ({"metrics"}, {"partition-id"}, set()),
+    ("query.secure_keys", "masked"): (
+        {"metrics", "config"},
+        {"partition-id", "num-examples"},
+        None,
+    ),
+    ("query.secure_shares", "masked"): ({"config"}, set(), None),
+    ("train", "masked"): (MODEL, {*TRAINED, "cores", "unreadable-images", "numbers-cut"}, None),
+    ("query.secure_unmask", "masked"): ({"config"}, set(), None),
+    ("evaluate", "masked"): ({"metrics"}, {*EVALUATED, "effective-rank"}, None),
     ("query.labels", "classes"): ({"metrics", "config"}, COUNTED, set()),
     ("query.labels", "features"): ({"metrics"}, {*COUNTED, "left-out"}, set()),
     ("query.labels", "sums"): ({"buffers"}, set(), {"counts", "totals", "gram"}),
@@ -45,11 +55,12 @@ class Listening(LocalGrid):
 
     def __init__(self, clients, num_partitions):
         super().__init__(clients, num_partitions)
-        self.replies = {}
+        self.replies, self.run = {}, ""
 
     def answer(self, message, context):
         reply = super().answer(message, context)
-        step = message.content.config_records.get("config", {}).get("step", "")
+        config = message.content.config_records.get("config", {})
+        step = config.get("step", self.run)
         kind = message.metadata.message_type, str(step)
         self.replies.setdefault(kind, []).append(copy.deepcopy(reply.content))
         return reply
@@ -85,11 +96,22 @@ def heard(tmp_path, rng):
     grid = Listening(make_client_app(identify), 2)
     run = create_run(tmp_path / "run", config)
     run_rounds(config, grid, run, None, lambda metrics: None)
+    masks = ["secure_aggregation=true", "train.statistics=averaged", "method.shared_negatives=0"]
+    hidden = load_config("config", [*given, *masks], federated=True)
+    text = OmegaConf.to_yaml(hidden, resolve=True)
+    grid.run = "masked"
+    run_rounds(hidden, grid, create_run(tmp_path / "hidden", hidden), None, lambda metrics: None)
+    grid.run = ""
+    text = OmegaConf.to_yaml(config, resolve=True)
     for protocol in ("eval=federated", "eval=federated_finetune"):
         asked = [protocol, "eval.label_fraction=1", "eval.seeds=1", "eval.epochs=1"]
         asked += ["eval.baselines=false", f"run={run.path}"]
         evaluate_at_sites(load_config("config", [*given, *asked], federated=True), grid)
     return grid.replies, images, tmp_path
+
+
+def number(value):
+    return isinstance(value, int | float)
 
 
 def test_replies_carry_what_the_server_needs_and_no_more(heard):
@@ -117,8 +139,10 @@ def test_replies_carry_what_the_server_needs_and_no_more(heard):
             sent = [
                 array.data for record in content.array_records.values() for array in record.values()
             ]
-            for record in content.config_records.values():
-                sent += [v if isinstance(v, bytes) else str(v).encode() for v in record.values()]
-            assert sum(map(len, sent)) == count_bytes(content)
+            records = (*content.config_records.values(), *content.metric_records.values())
+            values = [value for record in records for value in record.values()]
+            parts = [p for value in values for p in (value if isinstance(value, list) else [value])]
+            sent += [p if isinstance(p, bytes) else p.encode() for p in parts if not number(p)]
+            assert count_bytes(content) == sum(map(len, sent)) + 8 * sum(map(number, parts))
             for data in sent:
                 assert not any(secret in data for secret in secrets), kind

@@ -19,6 +19,7 @@ from benchmarks.accuracy.recorded import (
     COUNTS_OF_20,
     FEDERATIONS,
     METHODS,
+    PRIVATE,
     SPLITS,
     method_run,
 )
@@ -44,6 +45,7 @@ BUDGET_TITLES = {  # what the pages call the runs; experiments have a line witho
     "cifar10_gpu": "`cifar10_gpu`",
 }
 SITES = {"digits": "digits", "cifar10": "CIFAR-10"}  # below results/sites, and their titles
+MEANINGLESS = 1e4  # an epsilon above which nothing is promised
 Results = list[dict[str, Any]]
 
 
@@ -277,6 +279,53 @@ def tuned_table() -> list[str]:
     return lines
 
 
+def privacy_table() -> list[str]:
+    """Tabulate what an encoder is worth at an epsilon, beside a random one."""
+    methods = ("linear head", "converged head", "kNN")
+    lines = head("", "epsilon", *methods)
+    for name, (title, _) in PRIVATE.items():
+        if not (seeds := read_seeds(f"privacy/{name}")):
+            continue
+        lines.append(line(title, epsilon_of(f"privacy/{name}"), *scores_of(f"privacy/{name}")))
+        if find_score(seeds[0], "random encoder", "kNN"):
+            untrained = (cell(seeds, "random encoder", method) for method in methods)
+            lines.append(line("a random encoder", "0", *untrained))
+    return lines if len(lines) > 2 else ["Not recorded yet."]
+
+
+def epsilon_of(run: str) -> str:
+    """Show the epsilon of a recorded run; none where its noise is nothing."""
+    file = RESULTS / run / "seed0" / "metrics.jsonl"
+    epsilon = json.loads(file.read_text().splitlines()[-1]).get("epsilon")
+    return "none" if epsilon is None or epsilon > MEANINGLESS else f"{epsilon:.1f}"
+
+
+def attack_table() -> list[str]:
+    """Tabulate how well images of a client are told from others, by what is seen."""
+    file = RESULTS / "privacy" / "attack.json"
+    if not file.exists():
+        return ["Not recorded yet."]
+    lines = head("the attacker sees", "area under the ROC curve")
+    for name, area in json.loads(file.read_text())["areas"].items():
+        lines.append(line(name, f"{area['mean']:.2f} ± {area['standard_error']:.2f}"))
+    return lines
+
+
+def masking_table() -> list[str]:
+    """Tabulate seconds and megabytes of a round, plain and masked."""
+    file = RESULTS / "privacy" / "masking.json"
+    if not file.exists():
+        return ["Not recorded yet."]
+    lines = head("encoder", "round", "seconds", "of these the server", "times the plain one", "MB")
+    for encoder, kinds in json.loads(file.read_text())["rounds"].items():
+        plain = kinds["plain"]["seconds"]
+        for kind, cost in kinds.items():
+            seconds = f"{cost['seconds']:.1f}", f"{cost['seconds_of_server']:.1f}"
+            more = f"{cost['seconds'] / plain:.1f}", f"{cost['megabytes']:,.0f}"
+            lines.append(line(encoder, kind, *seconds, *more))
+    return lines
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "digits": digits_table,
     "budgets": budget_table,
@@ -286,6 +335,9 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "methods": methods_table,
     "sites": sites_table,
     "tuned": tuned_table,
+    "privacy": privacy_table,
+    "attack": attack_table,
+    "masking": masking_table,
 }
 
 

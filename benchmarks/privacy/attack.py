@@ -1,11 +1,13 @@
 """Ask one update of a client with 8 images whether an image was among them.
 
-    python -m benchmarks.privacy.attack --trials 30 --out results/privacy/attack.json
+    python -m benchmarks.privacy.attack --out results/privacy/attack.json
 
-Membership inference by the loss: an image that the client trained on has a smaller loss after
-its update than before, more than an image that it never saw (Yeom et al.,
-https://arxiv.org/abs/1709.01604, for updates instead of models). The attacker knows the global
-model, seven images of its own to compare with, and one of:
+The gradient of a linear layer is a sum of outer products with the layer's inputs, so the rows
+of its update lie in the span of the features of the client's views (Geiping et al.,
+https://arxiv.org/abs/2003.14053, section 3.1, recover inputs from it). The attacker draws views
+of its own of an image, encodes them by the global model, and looks how much of the features
+lies outside of the span of the update's strongest 32 directions: less for an image that was
+trained on. It knows the global model, which was trained on other images before, and one of:
 
 - the update of the client, as a server gets it without secure aggregation;
 - the mean of this client's update and four others', which is what the next global model
@@ -14,12 +16,14 @@ model, seven images of its own to compare with, and one of:
 - the masked update, which is what the server gets of this client under secure aggregation.
 
 The area under the ROC curve is 0.5 for a guess and 1 for certainty; 8 members and 8 others in
-each trial, with other images, other seeds and a first round from a random initialization.
+each trial, and other images in each. Rank and number of views were chosen on other trials.
 """
 
 import argparse
 import json
 import secrets
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,23 +37,25 @@ from fedssl.config.compose import load_config
 from fedssl.federation.privacy import PrivacySettings
 from fedssl.federation.secure.fixed_point import FixedPoint
 from fedssl.federation.secure.masks import mask
-from fedssl.methods.base import Method
 from fedssl.networks.state import load_state
 from fedssl.runs.provenance import provenance
 from fedssl.seeding import generator_for
 from fedssl.training.local import local_train
 from utils import build_method, build_schedule, build_train_settings, build_views, open_images
 
-IMAGES, CLIENTS, COMPARED, DRAWS = 8, 5, 7, 4
+IMAGES, CLIENTS = 8, 5
+STEPS, WARM_ROUND = 100, 4  # of the global model before; the round whose learning rate it has
+RANK, VIEWS = 32, 16
 EPSILON, DELTA = 10.0, 1e-5
-OVERRIDES = ["model.norm=group", "train.local_epochs=4", "precision=float32"]
+LAYER = "projection_head.0.weight"
+OVERRIDES = ["model.norm=group", "precision=float32"]
 PLAIN, MEAN, NOISED, HIDDEN = (
     "the update itself",
     "the mean of five updates",
-    f"that mean, clipped and noised (epsilon {EPSILON:g})",
+    f"that mean, clipped and noised, epsilon {EPSILON:g}",
     "the masked update",
 )
-State = dict[str, Tensor]
+State = Mapping[str, Tensor]
 
 
 def noise_multiplier_for(epsilon: float) -> float:
@@ -62,71 +68,84 @@ def noise_multiplier_for(epsilon: float) -> float:
     return high
 
 
-class Trial:
-    """One client with 8 images, four others, and the images that are asked about."""
+class Attack:
+    """A global model that was trained for a while, and images that it has not seen."""
 
-    def __init__(self, config: DictConfig, pixels: np.ndarray, number: int) -> None:
-        self.config, self.pixels, self.number = config, pixels, number
-        self.backend = choose_backend(config.precision)
-        self.method: Method = build_method(config, self.backend.device)
-        self.start = {n: v.clone() for n, v in self.method.state_dict().items()}
-        self.views = build_views(config)
-        drawn = np.random.default_rng(number).permutation(len(pixels))
-        parts = np.split(drawn[: IMAGES * (CLIENTS + 1)], CLIENTS + 1)
-        self.clients, self.strangers = parts[:CLIENTS], parts[CLIENTS]
-        self.own = drawn[IMAGES * (CLIENTS + 1) :][:COMPARED]
+    def __init__(self, config: DictConfig) -> None:
+        """Train the global model on one half of the images."""
+        self.config, self.backend = config, choose_backend(config.precision)
+        self.pixels = open_images(config).train.pixels
+        self.method = build_method(config, self.backend.device)
+        self.views, self.schedule = build_views(config), build_schedule(config)
+        self.settings = build_train_settings(config)
+        order = np.random.default_rng(config.seed).permutation(len(self.pixels))
+        seen, self.unseen = np.array_split(order, 2)
+        longer = replace(self.settings, local_epochs=STEPS, max_steps=STEPS)
+        self._train(seen, longer, "warm")
+        self.start = self._state()
 
-    def update(self, client: int) -> State:
-        """Train a client as in a first round; give the way that its weights went."""
-        load_state(self.method, self.start)
+    def _state(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self.method.state_dict().items()}
+
+    def _train(self, rows: np.ndarray, settings, *purpose: int | str) -> None:
         local_train(
             self.method,
             self.pixels,
-            self.clients[client],
+            rows,
             self.views,
-            build_train_settings(self.config),
-            plan=build_schedule(self.config).plan(1),
+            settings,
+            plan=self.schedule.plan(WARM_ROUND),
             proximal_mu=0.0,
-            generator=generator_for(self.number, "attack", client),
+            generator=generator_for(self.config.seed, "attack", *purpose),
             backend=self.backend,
         )
+
+    def update(self, rows: np.ndarray, trial: int, client: int) -> dict[str, Tensor]:
+        """Train a client for a round; give the way that its weights went."""
+        load_state(self.method, self.start)
+        self._train(rows, self.settings, trial, client)
         return {n: v - self.start[n] for n, v in self.method.state_dict().items()}
 
     @torch.no_grad()
-    def losses(self, way: State) -> np.ndarray:
-        """Give the loss of every image that is asked about, after a step along a way."""
-        load_state(self.method, {n: v + way[n] for n, v in self.start.items()})
-        self.method.eval()
+    def features(self, rows: np.ndarray, trial: int) -> list[Tensor]:
+        """Give the features (VIEWS, D) of views of each image, by the global model."""
+        load_state(self.method, self.start)
         found = []
-        for image in [*self.clients[0], *self.strangers]:
-            batch = torch.from_numpy(self.pixels[[image, *self.own]])
-            generator = generator_for(self.number, "views", int(image))
-            losses = [
-                self.method.loss(self.views.two_views(batch, generator)).reported
-                for _ in range(DRAWS)
-            ]
-            found.append(float(torch.stack(losses).mean()))
-        return np.array(found)
+        for row in rows:
+            generator = generator_for(self.config.seed, "attacker's views", trial, int(row))
+            batch = torch.from_numpy(self.pixels[[row] * (VIEWS // 2)])
+            found.append(self.method.encoder(self.views.two_views(batch, generator)).double())
+        return found
 
-    def told(self) -> dict[str, float]:
-        """Give the area under the ROC curve of each attacker."""
-        ways = [self.update(client) for client in range(CLIENTS)]
-        members = [1] * IMAGES + [0] * IMAGES
-        before = self.losses({n: torch.zeros_like(v) for n, v in self.start.items()})
-        random = torch.Generator().manual_seed(self.number)
+    def try_once(self, trial: int) -> dict[str, float]:
+        """Give the area under the ROC curve for each thing that an attacker may see."""
+        drawn = np.random.default_rng(trial).permutation(self.unseen)
+        *clients, strangers = np.split(drawn[: IMAGES * (CLIENTS + 1)], CLIENTS + 1)
+        ways = [self.update(rows, trial, place) for place, rows in enumerate(clients)]
+        random = torch.Generator().manual_seed(trial)
         seen = {
-            PLAIN: ways[0],
-            MEAN: mean_of(ways),
-            NOISED: noised(ways, random),
-            HIDDEN: masked(ways[0], self.start),
+            PLAIN: ways[0][LAYER],
+            MEAN: mean_of(ways)[LAYER],
+            NOISED: noised(ways, random)[LAYER],
+            HIDDEN: masked(ways[0][LAYER]),
         }
+        features = self.features(np.concatenate([clients[0], strangers]), trial)
+        members = [1] * IMAGES + [0] * IMAGES
         return {
-            name: float(roc_auc_score(members, np.nan_to_num(before - self.losses(way))))
+            name: float(roc_auc_score(members, [-outside(way, each) for each in features]))
             for name, way in seen.items()
         }
 
 
-def mean_of(ways: list[State]) -> State:
+def outside(way: Tensor, features: Tensor) -> float:
+    """Tell what share of features (V, D) lies outside of the rows of a layer's way (H, D)."""
+    _, _, directions = torch.linalg.svd(way.double(), full_matrices=False)
+    span = directions[:RANK]
+    left = features - features @ span.T @ span
+    return float((left.norm(dim=1) / features.norm(dim=1)).mean())
+
+
+def mean_of(ways: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Average updates."""
     return {name: torch.stack([way[name] for way in ways]).mean(dim=0) for name in ways[0]}
 
@@ -136,7 +155,7 @@ def length(way: State) -> float:
     return float(torch.cat([value.flatten() for value in way.values()]).norm())
 
 
-def noised(ways: list[State], random: torch.Generator) -> State:
+def noised(ways: list[dict[str, Tensor]], random: torch.Generator) -> dict[str, Tensor]:
     """Clip updates to the median of their lengths, and noise their mean."""
     limit = float(np.median([length(way) for way in ways]))
     short = [{n: v * min(1.0, limit / length(way)) for n, v in way.items()} for way in ways]
@@ -147,37 +166,35 @@ def noised(ways: list[State], random: torch.Generator) -> State:
     }
 
 
-def masked(way: State, start: State) -> State:
-    """Read a masked update as if it had no mask."""
-    plan = FixedPoint(CLIENTS, largest=64.0, longest=1e9)
-    numbers, _ = plan.encode({n: v + way[n] for n, v in start.items()}, start, 1.0)
+def masked(way: Tensor) -> Tensor:
+    """Read the masked update of a layer as if it had no mask."""
+    plan, zero = FixedPoint(CLIENTS, largest=64.0, longest=1e9), {LAYER: torch.zeros_like(way)}
+    numbers, _ = plan.encode({LAYER: way}, zero, 1.0)
     numbers += mask(secrets.token_bytes(32), len(numbers))
-    after = plan.decode(numbers, start, 1.0)
-    return {name: after[name] - value for name, value in start.items()}
+    return plan.decode(numbers, zero, 1.0)[LAYER]
 
 
 def main() -> None:
     """Run the trials, print, and write everything with its provenance."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=30)
+    parser.add_argument("--trials", type=int, default=40)
+    parser.add_argument("--first", type=int, default=0, help="number of the first trial")
     parser.add_argument("--out", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     given = parser.parse_args()
     overrides = [*OVERRIDES, *given.overrides]
-    config = load_config("config", overrides)
-    pixels = open_images(config).train.pixels
+    attack = Attack(load_config("config", overrides))
     trials = []
-    for number in range(given.trials):
-        config.seed = number
-        trials.append(Trial(config, pixels, number).told())
+    for number in range(given.first, given.first + given.trials):
+        trials.append(attack.try_once(number))
         print(json.dumps({name: round(area, 3) for name, area in trials[-1].items()}), flush=True)
     areas = {name: [trial[name] for trial in trials] for name in trials[0]}
     told = {
         name: {
-            "mean": float(np.mean(a)),
-            "standard_error": float(np.std(a, ddof=1) / len(a) ** 0.5),
+            "mean": float(np.mean(each)),
+            "standard_error": float(np.std(each, ddof=1) / len(each) ** 0.5),
         }
-        for name, a in areas.items()
+        for name, each in areas.items()
     }
     print(json.dumps(told, indent=2))
     if given.out:

@@ -12,6 +12,7 @@ a server optimizer nor a clipping mod may touch.
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
@@ -33,6 +34,7 @@ ABSENCES = (  # error codes of messages that no client has answered
 DIED = "its process died, killed or for want of memory"
 UNREADABLE = (SafetensorError, TypeError, ValueError, EOFError, KeyError, AttributeError)
 MORE_BYTES = 64 * 2**20  # by which a reply may be larger than the message that it answers
+NUMBER = 8  # bytes of a number
 MAX_HEADER = 2**16  # bytes before the values of an array, at most
 MAX_REASON = 300  # characters of what a client says of its failure
 
@@ -184,10 +186,12 @@ def pack_messages(messages: Iterable[Message]) -> list[Message]:
 
 
 def count_bytes(content: RecordDict) -> int:
-    """Count the bytes of all arrays of a message, and those of its config records."""
+    """Count the bytes of all that a message's records hold."""
     arrays = (array for each in content.array_records.values() for array in each.values())
-    entries = (value for each in content.config_records.values() for value in each.values())
-    texts = sum(len(value) for value in entries if isinstance(value, bytes | str))
+    entries: list[Any] = [v for each in content.config_records.values() for v in each.values()]
+    entries += [v for each in content.metric_records.values() for v in each.values()]
+    parts = [part for e in entries for part in (e if isinstance(e, list) else [e])]
+    texts = sum(len(part) if isinstance(part, bytes | str) else NUMBER for part in parts)
     return texts + sum(len(array.data) for array in arrays)
 
 

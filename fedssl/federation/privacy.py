@@ -34,15 +34,8 @@ from flwr.supercore.differential_privacy import compute_adaptive_noise_params, g
 from fedssl.errors import SettingError
 from fedssl.federation.guards import Update
 from fedssl.federation.messages import ARRAYS
-from fedssl.runs.metrics import Failure
+from fedssl.runs.metrics import NOT_COVERED, Failure
 
-NOT_COVERED = (
-    "losses and the other numbers that clients tell",
-    "how many images each has",
-    "the kNN accuracy and the evaluations, which read the server's own labels",
-    "who takes part in a round",
-    "single images: a client's whole set is what one can't tell from none",
-)
 ROUNDING = 1e-4  # by which a clipped update may be longer, in single precision
 
 

@@ -12,7 +12,7 @@ from fedssl.files import write_atomically
 from fedssl.reporting.console import evaluation_title, top1
 from fedssl.reporting.sections import FigureSettings, RunFacts, RunImages, draw_pictures
 from fedssl.runs.directory import RunDirectory
-from fedssl.runs.metrics import RoundMetrics, Where
+from fedssl.runs.metrics import NOT_COVERED, RoundMetrics, Where
 from fedssl.runs.provenance import provenance
 
 TEMPLATES = Path(__file__).resolve().parent
@@ -46,6 +46,7 @@ def write_report(
                 done=rounds[-1].round,
                 evaluations=evaluations,
                 pictures=pictures,
+                privacy=describe_privacy(rounds[-1]),
                 troubles=list_troubles(rounds),
                 nodes=list_nodes(rounds),
                 columns=headings,
@@ -58,6 +59,17 @@ def write_report(
         write_atomically(run.report, page.encode())
     except OSError as error:
         raise RuntimeError(f"can't write to {run.path}: {error.strerror}") from error
+
+
+def describe_privacy(metrics: RoundMetrics) -> dict[str, Any] | None:
+    """Say what the model after a round may tell of a client; None where nothing is promised."""
+    if metrics.epsilon is None:
+        return None
+    promise = (
+        f"The model after round {metrics.round} tells of any one client no more than epsilon "
+        f"{metrics.epsilon:.2f} at delta {metrics.delta:g} allows."
+    )
+    return {"promise": promise, "not_covered": NOT_COVERED}
 
 
 def describe_results(run: RunDirectory) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:

@@ -19,6 +19,14 @@ class Where(Flag):
     PAGE = auto()
 
 
+# What epsilon says nothing about; it stands wherever epsilon does.
+NOT_COVERED = (
+    "losses and the other numbers that clients tell",
+    "how many images each has",
+    "the kNN accuracy and the evaluations, which read the server's own labels",
+    "who takes part in a round",
+    "single images: a client's whole set is what one can't tell from none",
+)
 EVERYWHERE = Where.TABLE | Where.LOG | Where.CURVE | Where.PAGE
 NOWHERE = Where(0)
 Number = int | float | None

@@ -47,7 +47,10 @@ def test_an_attack_fails(guarded, attack):
 @needs_nginx
 @pytest.mark.slow
 def test_three_sites_run_through_the_door(tmp_path):
-    """The walk-through's run, each site with a folder, a key and a certificate."""
+    """The walk-through's run, each site with a folder, a key and a certificate, and masks.
+
+    The keys of the masks are signed by the nodes' own, and checked by every other.
+    """
     start_line = r"^flower-server-app app:server --insecure (dataset=.*num_clients=3)$"
     (chosen,) = re.findall(start_line, PAGE, re.MULTILINE)
     federation = Federation(tmp_path)
@@ -69,7 +72,8 @@ def test_three_sites_run_through_the_door(tmp_path):
                 *("flower-client-app", "app:client", *door),
                 *("--certificate", f"{keys}/node{number}.pem"),
                 *("--auth-supernode-private-key", f"{keys}/node{number}"),
-                *("--node-config", f'partition-id={number - 1} data-path="{own}"'),
+                "--node-config",
+                f'partition-id={number - 1} data-path="{own}" nodes-file="{keys}/nodes.yaml"',
             )
         inside = (
             "--superlink",
@@ -77,13 +81,16 @@ def test_three_sites_run_through_the_door(tmp_path):
             "--root-certificates",
             str(keys / "ca.crt"),
         )
-        overrides = [*chosen.split(), *TINY, "num_rounds=2", f"output_dir={tmp_path}/outputs"]
+        overrides = [*chosen.split(), *TINY, "num_rounds=1", f"output_dir={tmp_path}/outputs"]
+        overrides.append("secure_aggregation=true")
         status, output = federation.run(
             "flower-server-app", "app:server", *inside, *overrides, timeout_s=400
         )
         assert status == 0, output + all_logs(federation)
         lines = (tmp_path / "outputs/latest/metrics.jsonl").read_text().splitlines()
+        assert len(lines) == 1
         for row in map(json.loads, lines):
+            assert not any("update_norm" in client for client in row["clients"])  # nobody saw it
             assert [client["num_examples"] for client in row["clients"]] == [11, 12, 13], output
             assert row["failures"] == []
         refused = (keys / "door" / "refused.log").read_text()

@@ -93,6 +93,11 @@ def enlarge(reply):
     reply.content["still"] = ConfigRecord({"bytes": noise})
 
 
+def enlarge_lists(reply):
+    half = bytes(messages.MORE_BYTES // 2)
+    reply.content["more"] = ConfigRecord({"list": [half, half, half, half]})
+
+
 HOSTILE = {  # what a client does, and what is said of it
     "not a number": (fill(WEIGHT, float("nan")), f"array {WEIGHT!r} is not finite"),
     "endless statistics": (fill(MEAN, float("inf")), f"array {MEAN!r} is not finite"),
@@ -113,6 +118,7 @@ HOSTILE = {  # what a client does, and what is said of it
     "metrics of its own": (tell(mine=1.0), "its metrics have mine, unlike those of most clients"),
     "pickled objects": (pickled, "instead of 'safetensors'"),
     "a reply too large": (enlarge, "MB, over"),
+    "lists too large": (enlarge_lists, "MB, over"),
     "garbage": (raw(lambda data: b"x" * 1000), "can't be read"),
     "cut off": (raw(lambda data: data[: len(data) // 2]), "can't be read"),
     "a header of gigabytes": (

@@ -113,6 +113,15 @@ def test_a_long_line_is_never_broken(capsys):
     assert in_terminal([sys.executable, "-c", code])[1] == f"{LONG}\r\n"  # the terminal's affair
 
 
+def test_epsilon_has_a_column_where_there_is_one(capsys):
+    for private in (True, False):
+        with RoundProgress(3, private=private) as progress:
+            progress.show(RoundMetrics(1, epsilon=2.5, delta=1e-5))
+        head, line = capsys.readouterr().out.splitlines()
+        assert ("epsilon" in head, "2.50" in line) == (private, private)
+        assert len(head) <= 80
+
+
 def test_quiet_leaves_failures_and_warnings_to_the_error_stream(capsys):
     with RoundProgress(3, quiet=True) as progress:
         progress.follow(TRAINED)

@@ -26,10 +26,10 @@ from fedssl.reporting.figures import (
     draw_partitions,
     drawable,
 )
-from fedssl.reporting.page import describe_results
+from fedssl.reporting.page import describe_privacy, describe_results, table_of_rounds
 from fedssl.reporting.sections import picture_map, picture_partitions
 from fedssl.runs.directory import RunDirectory
-from fedssl.runs.metrics import Failure
+from fedssl.runs.metrics import NOT_COVERED, Failure, RoundMetrics
 from main import try_report
 from scripts.report import prepare
 from utils import build_method, evaluate_run, report_run, run_facts, run_images, run_rounds
@@ -85,6 +85,16 @@ def test_the_page_holds_the_runs_numbers_settings_and_origin(finished, page):
         assert text in page
     assert page.count("data:image/png;base64,") == 6
     assert "Left out" not in page
+
+
+def test_epsilon_stands_with_what_it_does_not_cover(page):
+    assert "epsilon" not in page
+    private = RoundMetrics(2, epsilon=2.5, delta=1e-5)
+    told = describe_privacy(private)
+    assert "epsilon 2.50 at delta 1e-05" in told["promise"]
+    assert told["not_covered"] == NOT_COVERED
+    head, line = table_of_rounds([private])
+    assert dict(zip(head, line, strict=True))["epsilon"] == "2.50"
 
 
 def test_the_page_tells_which_nodes_came_and_went(page):

@@ -47,7 +47,8 @@ def write_encoder(folder, *overrides):
     dataset, stem = config.dataset, config.model.stem
     size = dataset.image_size
     stem = stem_for(size) if stem == "auto" else stem
-    settings = EncoderSettings(config.model.encoder, stem, list(dataset.mean), list(dataset.std))
+    statistics = list(dataset.mean), list(dataset.std)
+    settings = EncoderSettings(config.model.encoder, stem, *statistics, config.model.norm)
     encoder = Encoder(settings).to(memory_format=torch.channels_last)
     encoder(torch.rand(8, 3, size, size, generator=torch.Generator().manual_seed(0)))
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,8 +68,9 @@ def file(tmp_path):
         ([], (8, 8)),
         (["model=resnet50", "dataset.image_size=48"], (48, 48)),
         (["model.stem=imagenet", "dataset=cifar10"], (40, 56)),
+        (["model.norm=group"], (8, 8)),
     ],
-    ids=["resnet18, stride 1", "resnet50, stride 2", "resnet18, imagenet"],
+    ids=["resnet18, stride 1", "resnet50, stride 2", "resnet18, imagenet", "GroupNorm"],
 )
 def test_the_pages_lines_give_the_same_features_as_this_project(
     tmp_path, rng, overrides, image_shape
