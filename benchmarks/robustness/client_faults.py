@@ -4,7 +4,7 @@ import io
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -132,12 +132,20 @@ CLIENT_FAULTS: dict[str, tuple[Fault, str]] = {
 }
 
 
+ALL_FAULTS = [fault for fault, _ in CLIENT_FAULTS.values()]
+
+
 class FaultyClientApp(ClientApp):
     """Lets one client fail in the way of its round, outside of all mods: what travels is bad."""
 
-    def __init__(self, sound: ClientApp) -> None:
+    def __init__(self, sound: ClientApp, faults: Sequence[Fault] = ALL_FAULTS) -> None:
+        """Wrap the app of the others.
+
+        Args:
+            faults: of the first rounds, one each.
+        """
         super().__init__()
-        self.sound = sound
+        self.sound, self.faults = sound, faults
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer a message, as the others do unless it is the faulty client's to train."""
@@ -146,8 +154,7 @@ class FaultyClientApp(ClientApp):
         if message.metadata.message_type != MessageType.TRAIN or not faulty:
             return reply
         number = int(message.content["config"]["server-round"])
-        faults = [fault for fault, _ in CLIENT_FAULTS.values()]
-        return faults[number - 1](reply) if number <= len(faults) else reply
+        return self.faults[number - 1](reply) if number <= len(self.faults) else reply
 
 
 def try_clients(folder: Path) -> list[dict[str, str]]:

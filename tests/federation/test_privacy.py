@@ -1,17 +1,21 @@
 """Differential privacy of clients: what the mean is, what it costs, and what is refused."""
 
+import os
+import stat
+
 import numpy as np
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU, create_run
 from dp_accounting import dp_event
 from dp_accounting.rdp import RdpAccountant
 from federation.shuffled import FAST
+from flwr.serverapp.strategy import FedAvg
 
 import client
 from fedssl.config.compose import load_config
 from fedssl.errors import UserError
-from fedssl.federation.privacy import PrivacySettings
+from fedssl.federation.privacy import PrivacySettings, make_private
 from fedssl.methods.base import Method
 from fedssl.runs.checkpoints import load_checkpoint
 from utils import build_method, build_privacy, spent_privacy
@@ -152,6 +156,25 @@ def test_adaptive_noise_is_worth_what_it_says():
     count, updates = settings.split_noise()
     assert count == 1.0
     assert updates**-2 + (2 * count) ** -2 == pytest.approx(1.0)
+
+
+def test_a_federations_noise_comes_from_a_key_that_stays_with_its_run(tmp_path):
+    before = os.umask(0o077)  # as app.py sets it
+    try:
+        run = create_run(tmp_path / "run", load_config("config", [f"output_dir={tmp_path}"]))
+        key = run.noise_key()
+    finally:
+        os.umask(before)
+    assert (len(key), run.noise_key()) == (32, key)
+    (file,) = run.path.glob(".noise*")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    settings = PrivacySettings("central", 1.0, 1.0, 1e-5, 5, 5)
+    drawn = [
+        make_private(FedAvg(), settings, each).words_of_noise(number)
+        for each, number in ((key, 1), (key, 2), (bytes(32), 1), (key, 1))
+    ]
+    assert drawn[0] == drawn[3]
+    assert len({tuple(words) for words in drawn}) == 3
 
 
 @pytest.mark.parametrize(

@@ -6,19 +6,24 @@ from contextlib import suppress
 import numpy as np
 import pytest
 import torch
-from federation.shuffled import change
+from conftest import create_run
+from federation.shuffled import FAST, change
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from scipy.stats import chisquare
 
+import main as program
+from benchmarks.robustness.client_faults import FAULTY, FaultyClientApp, kill_process
+from client import make_client_app, simulated
 from fedssl.config.compose import load_config
 from fedssl.errors import UserError
 from fedssl.federation.local_grid import LocalGrid
-from fedssl.federation.messages import unpack_arrays
+from fedssl.federation.messages import DIED, unpack_arrays
 from fedssl.federation.secure import client as steps
 from fedssl.federation.secure.fixed_point import FixedPoint, float_names
 from fedssl.federation.secure.masks import agree, combine, mask, new_secret, public_of, share
 from fedssl.federation.secure.server import SecureSettings
 from fedssl.federation.secure.signing import check_signatures, sign
+from fedssl.runs.checkpoints import load_checkpoint
 
 SECURE = "secure_aggregation=true"
 
@@ -75,6 +80,31 @@ def test_one_of_five_who_drops_out_is_taken_out_of_the_sum(federate):
     plain, _, _ = federate(*given, tamper=die)
     assert [(f.partition, f.reason) for f in rounds[0].failures] == [(3, "the machine is gone")]
     assert spread([plain.method.state_dict(), masked.method.state_dict()]) < 1e-5
+
+
+@pytest.mark.slow
+def test_one_of_five_whose_process_is_killed_is_taken_out_of_the_sum(tmp_path):
+    """In processes of Ray; it dies after it trained, twice, since Ray starts it again."""
+    given = ["num_clients=5", "num_rounds=1", "num_cpus=1", "precision=float32", FAST]
+    given += [
+        "train.local_epochs=1",
+        "train.max_steps=1",
+        "monitor.bank=100",
+        "max_update_ratio=10",
+    ]
+    runs = []
+    for masks in ([SECURE], []):
+        places = [f"output_dir={tmp_path}", f"cache_dir={tmp_path}/cache"]
+        config = load_config("config", [*given, *places, *masks])
+        resources, image_set = program.prepare(config)
+        config.num_cpus, config.num_gpus = resources.num_cpus, resources.num_gpus
+        run = create_run(tmp_path / f"run{len(runs)}", config)
+        clients = FaultyClientApp(make_client_app(simulated(config)), [kill_process])
+        program.train(config, resources, image_set, run, clients=clients)
+        (metrics,) = run.read_metrics()
+        assert [(f.partition, f.reason) for f in metrics.failures] == [(FAULTY, DIED)]
+        runs.append(load_checkpoint(run.last_checkpoint()).state)
+    assert 0 < spread(runs) < 1e-5
 
 
 def test_fewer_than_the_threshold_end_the_run_with_the_reason(federate):
