@@ -89,18 +89,16 @@ def initial(names):
 
 @pytest.mark.parametrize("mechanism", ["central", "adaptive"])
 def test_a_resumed_run_has_the_same_epsilon_and_bytes(federate, mechanism):
-    given = [f"privacy={mechanism}", "num_rounds=3", "privacy.clipping_norm=0.3"]
+    given = [f"privacy={mechanism}", "num_rounds=2", "privacy.clipping_norm=0.3"]
     whole, rounds, _ = federate(*given)
     checkpoint = load_checkpoint(whole.run.checkpoints / "round-0001.safetensors")
     again, later, _ = federate(*given, checkpoint=checkpoint)
     assert [m.epsilon for m in later] == [m.epsilon for m in rounds[1:]]
-    assert rounds[0].epsilon < rounds[1].epsilon < rounds[2].epsilon
-    assert [m.delta for m in rounds] == [1e-5] * 3
+    assert rounds[0].epsilon < rounds[1].epsilon
+    assert [m.delta for m in rounds] == [1e-5] * 2
     for name, value in whole.method.state_dict().items():
         assert torch.equal(value, again.method.state_dict()[name]), name
     assert whole.strategy.clipping_norm == again.strategy.clipping_norm
-    other, _, _ = federate(*given, "seed=1")
-    assert other.strategy.accountant.state_dict() == whole.strategy.accountant.state_dict()
 
 
 def test_a_budget_ends_the_run_with_the_last_round_within_it(federate):
@@ -136,18 +134,17 @@ def test_clients_clip_where_they_are_asked_and_who_does_not_is_left_out(federate
     assert "not clipped to 0.5" in failure.reason
 
 
-def test_adaptive_clipping_goes_to_the_length_of_the_updates(federate):
-    """From far below and far above, by a noise that hardly counts."""
-    small = ["privacy=adaptive", "privacy.noise_multiplier=1e-6", "privacy.clip_rate=2"]
-    small += ["num_rounds=6"]
-    for first in (1e-3, 1e3):
-        federation, rounds, _ = federate(*small, f"privacy.clipping_norm={first}")
-        lengths = sorted(c.update_norm for c in rounds[-1].clients)
-        before, now = (
-            abs(np.log(first / lengths[1])),
-            abs(np.log(federation.strategy.clipping_norm / lengths[1])),
-        )
-        assert now < before - 4, (first, federation.strategy.clipping_norm, lengths)
+@pytest.mark.parametrize("first", [1e-3, 1e3])
+def test_adaptive_clipping_goes_to_the_length_that_the_quantile_has(first):
+    """From far below and far above, by a noise that does not count."""
+    settings = PrivacySettings("adaptive", 1e-6, first, 1e-5, 100, 8, count_noise=1e-3)
+    strategy = make_private(FedAvg(), settings, bytes(32))
+    for _ in range(100):
+        strategy.after_round([1, 2, 3, 4, 5, 6, 7, 8])
+    assert 3 < strategy.clipping_norm < 6
+    before = strategy.clipping_norm
+    strategy.after_round([1, 2])  # the others are missing, which moves it neither up nor down
+    assert strategy.clipping_norm == pytest.approx(before * np.exp(-0.2 / 8), rel=1e-3)
 
 
 def test_adaptive_noise_is_worth_what_it_says():

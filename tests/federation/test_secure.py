@@ -65,7 +65,8 @@ def test_the_mean_is_the_plain_one_within_a_step(federate, weighting):
 
 
 def test_masks_are_drawn_anew_and_change_nothing(federate):
-    runs = [federate(SECURE, "strategy=fedavgm")[0].method.state_dict() for _ in range(2)]
+    given = [SECURE, "strategy=fedavgm", "num_rounds=1"]
+    runs = [federate(*given)[0].method.state_dict() for _ in range(2)]
     assert all(runs[0][name].equal(runs[1][name]) for name in runs[0])
 
 
@@ -281,6 +282,8 @@ def test_a_client_refuses_keys_that_are_not_its_own_or_twice():
         with pytest.raises(ValueError, match=line):
             clients.call(0, steps.answer_shares, lists | change_of, steps.Signing())
     clients.call(0, steps.answer_shares, lists, steps.Signing())
+    with pytest.raises(ValueError, match="shared already"):  # else by two lists both secrets open
+        clients.call(0, steps.answer_shares, lists, steps.Signing())
 
 
 def test_a_client_opens_its_shares_once_and_never_below_the_threshold():
@@ -326,12 +329,14 @@ def test_signatures_tell_keys_of_nodes_from_those_of_others(tmp_path):
     roster = tmp_path / "nodes.yaml"
     write_roster(roster, members)
     told = {n: (b"keys %d" % n, sign(tmp_path / f"node{n}", b"keys %d" % n)) for n in range(2)}
-    check_signatures(roster, told)
+    check_signatures(roster, told, 2)
+    with pytest.raises(ValueError, match="a threshold of 1 is not above half of the 2 nodes"):
+        check_signatures(roster, told, 1)
     for wrong in ((b"other", told[1][1]), (told[1][0], told[0][1]), (told[1][0], b"")):
         with pytest.raises(ValueError, match="partition 1 are not signed by its node"):
-            check_signatures(roster, told | {1: wrong})
+            check_signatures(roster, told | {1: wrong}, 2)
     with pytest.raises(ValueError, match="partition 7 is not in nodes-file"):
-        check_signatures(roster, {7: told[0]})
+        check_signatures(roster, {7: told[0]}, 2)
     with pytest.raises(UserError, match=r"signing-key=.*no private key"):
         sign(roster, b"text")
 

@@ -82,6 +82,8 @@ def answer_shares(message: Message, context: Context, signing: Signing) -> Messa
     """
     state, told = _remembered(message, context), _read(message)
     me, occasion = int(state["partition"]), bytes(state["occasion"])
+    if "partitions" in state:
+        raise ValueError("the secrets of this round are shared already")
     partitions, publics = list(told["partitions"]), list(told["publics"])
     seals, threshold = list(told["seals"]), int(told["threshold"])
     own = [public_of(bytes(state[name])) for name in ("mask", "seal")]
@@ -99,6 +101,7 @@ def answer_shares(message: Message, context: Context, signing: Signing) -> Messa
         check_signatures(
             signing.nodes_file,
             {number: (signed_text(occasion, number, m, s), sig) for number, m, s, sig in both},
+            threshold,
         )
     cut = {name: share(bytes(state[name]), threshold, len(partitions)) for name in ("own", "mask")}
     sealed = []

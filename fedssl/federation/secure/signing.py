@@ -45,17 +45,26 @@ def sign(file: Path, text: bytes) -> bytes:
     return opened.sign(text, METHOD)
 
 
-def check_signatures(nodes_file: Path, told: Mapping[int, tuple[bytes, bytes]]) -> None:
+def check_signatures(
+    nodes_file: Path, told: Mapping[int, tuple[bytes, bytes]], threshold: int
+) -> None:
     """Make sure that the keys of all partitions are signed by the nodes of a roster.
 
     Args:
         told: text and signature, by partition.
+        threshold: nodes that it takes to open a secret, more than half of the roster: else a
+            server could make up a round of one node and a few that help it.
 
     Raises:
         UserError: the roster can't be read.
-        ValueError: a partition is not in the roster, or its signature is another's or missing.
+        ValueError: a partition is not in the roster, its signature is another's or missing, or
+            the threshold is too low.
     """
     members = {member.partition: member for member in read_roster(nodes_file)}
+    if threshold <= len(members) / 2:
+        raise ValueError(
+            f"a threshold of {threshold} is not above half of the {len(members)} nodes of nodes-file"
+        )
     for partition, (text, signature) in told.items():
         if partition not in members:
             raise ValueError(f"partition {partition} is not in nodes-file")
