@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import create_run
 from federation.shuffled import FAST, change
-from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 from scipy.stats import chisquare
 
 import main as program
@@ -246,7 +246,7 @@ class Clients:
     """Clients of one round, called step by step, as a server that lies would."""
 
     def __init__(self, count=3):
-        self.contexts = [Context(1, n, {}, RecordDict(), {}) for n in range(count)]
+        self.contexts = list(LocalGrid(None, count).contexts.values())
         self.told = [
             self.call(n, steps.answer_keys, {}, n, 10, steps.Signing()) for n in range(count)
         ]

@@ -63,7 +63,8 @@ def check_signatures(
     members = {member.partition: member for member in read_roster(nodes_file)}
     if threshold <= len(members) / 2:
         raise ValueError(
-            f"a threshold of {threshold} is not above half of the {len(members)} nodes of nodes-file"
+            f"a threshold of {threshold} is not above half of the {len(members)} nodes of "
+            "nodes-file"
         )
     for partition, (text, signature) in told.items():
         if partition not in members:
