@@ -168,7 +168,7 @@ def draw_attack(file: Path) -> None:
     axes.axvline(0.5, color=INK, linewidth=1)
     axes.set_yticks(places, names)
     axes.set_xlim(0.4, 1)
-    axes.set_xlabel("area under the ROC curve: 0.5 is a guess, 1 certainty", color=INK)
+    axes.set_xlabel("area under the ROC curve", color=INK)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     figure.savefig(file, dpi=150)
