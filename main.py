@@ -182,7 +182,7 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
         raise type(interrupt)(go_on) from interrupt
     report("")
     if ended:
-        report(f"{ended}: the encoder is that of round {its.read_metrics()[-1].round}")
+        report(f"{ended}: the encoder is that of round {its.read_metrics()[-1].round}\n")
     evaluate(config, image_set, its)
     try_report(config, image_set, its)
     if not config.quiet:
