@@ -272,7 +272,7 @@ def mask_if_asked(identify: Identify) -> Mod:
 @functools.lru_cache(maxsize=1)
 def hides_updates(config_text: str) -> bool:
     """Tell whether a run's updates are to be masked."""
-    return bool(read_config(config_text).get("secure_aggregation", False))
+    return bool(read_config(config_text).secure_aggregation)
 
 
 def clip_if_asked(message: Message, context: Context, call_next: ClientAppCallable) -> Message:

@@ -51,7 +51,7 @@ def make_small():
 
 def identify(context):
     number = int(context.node_config["partition-id"])
-    return ClientConfig("", number, NUM_CLIENTS, standalone=False)
+    return ClientConfig("secure_aggregation: false", number, NUM_CLIENTS, standalone=False)
 
 
 class Server:

@@ -333,32 +333,16 @@ class Privacy(Section):
     mechanism: str = Field(description="none, central or adaptive")
 
 
-class CentralPrivacy(Privacy):
-    """Differential privacy of clients: the server clips updates and adds noise to their mean."""
-
-    noise_multiplier: float = Field(
-        default=1.0, gt=0, description="noise on the sum of the updates, in clipping norms"
-    )
-    clipping_norm: float = Field(default=1.0, gt=0, description="length of an update, at most")
-    clipping: Literal["server", "client"] = Field(
-        default="server", description="who clips: server, or client before anything leaves it"
-    )
-    delta: float = Field(
-        default=1.0e-5, gt=0, lt=1, description="probability at which epsilon need not hold"
-    )
-    max_epsilon: float | None = Field(
-        default=None, gt=0, description="no round begins that would exceed it; null: no limit"
-    )
-
-
-class AdaptivePrivacy(Privacy):
-    """The same, clipped by a length that follows the updates."""
+class NoisedPrivacy(Privacy):
+    """What both ways of differential privacy have."""
 
     noise_multiplier: float = Field(
         default=1.0, gt=0, description="noise on the sum of the updates, in clipping norms"
     )
     clipping_norm: float = Field(
-        default=1.0, gt=0, description="length of an update in the first round, at most"
+        default=1.0,
+        gt=0,
+        description="length of an update, at most; at first if adaptive",
     )
     delta: float = Field(
         default=1.0e-5, gt=0, lt=1, description="probability at which epsilon need not hold"
@@ -366,6 +350,19 @@ class AdaptivePrivacy(Privacy):
     max_epsilon: float | None = Field(
         default=None, gt=0, description="no round begins that would exceed it; null: no limit"
     )
+
+
+class CentralPrivacy(NoisedPrivacy):
+    """Differential privacy of clients: the server clips updates and adds noise to their mean."""
+
+    clipping: Literal["server", "client"] = Field(
+        default="server", description="who clips: server, or client before anything leaves it"
+    )
+
+
+class AdaptivePrivacy(NoisedPrivacy):
+    """The same, clipped by a length that follows the updates."""
+
     target_quantile: float = Field(
         default=0.5, ge=0, le=1, description="share of the updates that are short enough"
     )

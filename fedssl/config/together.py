@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedssl.config.checks import flatten_mapping
+from fedssl.config.schema import MainSettings
 from fedssl.errors import SettingError
 
 # What would travel, or decide about another client, without noise: a key, what it must be, and why.
@@ -22,7 +23,6 @@ SECURE_ONLY = (
     ("method.shared_negatives", 0, "projections' moments would travel without a mask"),
 )
 SUMS = ("FedAvg", "FedProx", "FedAvgM", "FedAdam")  # which need no more than the mean
-DEFAULT_RATIO = 10  # of max_update_ratio, which nobody asked for then
 AVERAGES = ("FedAvg", "FedProx")  # whose mean Flower's accountant knows
 
 
@@ -101,7 +101,8 @@ def _check_secure(settings: Mapping[str, Any]) -> None:
     if not settings["secure_aggregation"]:
         return
     _require(settings, SECURE_ONLY, chosen)
-    if settings["max_update_ratio"] not in (None, DEFAULT_RATIO):
+    unasked = MainSettings.model_fields["max_update_ratio"].default
+    if settings["max_update_ratio"] not in (None, unasked):
         raise SettingError(
             f"max_update_ratio={settings['max_update_ratio']}: {chosen} hides single updates; give "
             "secagg.max_ratio, to which clients clip their own"

@@ -18,7 +18,7 @@ from fedssl.training.optimizers import MOMENTUM
 
 REPRESENTATION = ("alignment", "uniformity", "effective-rank")
 TRAINED = ("num-examples", "train-loss", "images", "images-per-second")
-EXTRA = ("unreadable-images", "cores")  # whole numbers that clients may tell
+EXTRA = ("unreadable-images", "cores", "numbers-cut")  # whole numbers that clients may tell
 EVALUATED = ("num-examples", "eval-loss", *REPRESENTATION)
 Read = TypeVar("Read")
 MAX_EXAMPLES = 2**40  # more images than any client holds
@@ -133,14 +133,14 @@ def check_num_examples(count: float) -> int:
     return int(count)
 
 
-def take_extra(content: RecordDict, more: Sequence[str] = ()) -> dict[str, float]:
+def take_extra(content: RecordDict) -> dict[str, float]:
     """Take out of the metrics what only some clients tell, which strategies can't average.
 
     Raises:
         ValueError: no whole numbers.
     """
     record = content.metric_records[METRICS]
-    told = read_metrics(content, [name for name in (*EXTRA, *more) if name in record])
+    told = read_metrics(content, [name for name in EXTRA if name in record])
     for name, value in told.items():
         if value != int(value) or not 0 <= value <= MAX_EXAMPLES:
             raise ValueError(f"{name} is {value:g}")
@@ -332,6 +332,7 @@ def client_metrics(
             unreadable_images=_whole(update.metrics.get("unreadable-images")),
             cores=_whole(update.metrics.get("cores")),
             weight=update.weight if bounded(update) else None,
+            numbers_cut=_whole(update.metrics.get("numbers-cut")),
         )
         for update in updates
     }

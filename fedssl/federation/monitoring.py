@@ -36,6 +36,11 @@ def find_warnings(metrics: RoundMetrics, earlier: Mapping[int, int] | None = Non
         for client in metrics.clients
         if client.weight is not None
     ]
+    found += [
+        f"{client.who} cut {client.numbers_cut:,} numbers of its update (secagg.largest)"
+        for client in metrics.clients
+        if client.numbers_cut
+    ]
     return found + _find_images(metrics.clients, earlier or {})
 
 

@@ -10,7 +10,6 @@ import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -18,6 +17,7 @@ from flwr.serverapp import (
     GaussianPrivacyEvent,
     Grid,
     NeighboringRelation,
+    PrivacyAccountant,
     PrivacyConfig,
     SamplingMethod,
 )
@@ -71,9 +71,9 @@ class PrivacySettings:
     clip_rate: float = 0.2
     count_noise: float | None = None
 
-    def new_accountant(self) -> Any:
+    def new_accountant(self) -> PrivacyAccountant:
         """Make an accountant that has not seen a round yet."""
-        from flwr.serverapp import RdpAccountant  # takes a second to import
+        from flwr.serverapp import RdpAccountant  # whose imports no client needs
 
         return RdpAccountant(
             PrivacyConfig(
@@ -84,14 +84,14 @@ class PrivacySettings:
             )
         )
 
-    def event(self, clients: int) -> GaussianPrivacyEvent:
+    def event(self) -> GaussianPrivacyEvent:
         """Say what a round releases."""
-        return GaussianPrivacyEvent(self.noise_multiplier, clients, self.population)
+        return GaussianPrivacyEvent(self.noise_multiplier, self.clients_per_round, self.population)
 
     def epsilon_after(self, rounds: int) -> float:
         """Tell the epsilon of so many rounds."""
         accountant = self.new_accountant()
-        accountant.compose(self.event(self.clients_per_round), rounds)
+        accountant.compose(self.event(), rounds)
         return float(accountant.get_epsilon(self.delta))
 
     def rounds_within(self, rounds: int) -> int:
@@ -190,10 +190,9 @@ class PrivateMean(DifferentialPrivacyFixedClippingBase):
             PrivacyBudgetExhausted: its mean would exceed max_epsilon.
             RuntimeError: more clients than there should be.
         """
-        settings, limit = self.settings, self.settings.max_epsilon
-        event = settings.event(settings.clients_per_round)
+        limit = self.settings.max_epsilon
         assert self.accountant
-        if limit is not None and self.accountant.would_exceed(event, limit):
+        if limit is not None and self.accountant.would_exceed(self.settings.event(), limit):
             raise PrivacyBudgetExhausted(
                 f"privacy.max_epsilon={limit:g} allows no round {server_round}"
             )

@@ -119,6 +119,7 @@ class Federation:
             momentum: that clients begin the first round with, see `zero_momentum`.
         """
         self.nodes, self.method, self.strategy = nodes, method, strategy
+        self.private = strategy if isinstance(strategy, PrivateMean) else None
         self.settings, self.run, self.monitor = settings, run, monitor
         self.momentum = dict(momentum or {})
         self.whole: dict[str, Tensor] = {}  # the encoder's statistics for whole images
@@ -188,7 +189,7 @@ class Federation:
         monitor = self.monitor
         knn = monitor.accuracy(self.encoder(), round_number) if monitor else None
         ended, bounded = time.perf_counter(), self.settings.weighting.bounds
-        spent = self.strategy.privacy_spent() if isinstance(self.strategy, PrivateMean) else None
+        spent = self.private.privacy_spent() if self.private else None
         metrics = RoundMetrics(
             round=round_number,
             train_loss=weighted_mean(updates, "train-loss"),
@@ -232,8 +233,8 @@ class Federation:
         ratio = self.settings.max_update_ratio
         updates, far = reject_outliers(updates, state, self.parameters, ratio)
         failures += far
-        if isinstance(self.strategy, PrivateMean):
-            updates, unclipped = self.strategy.refuse(updates)
+        if self.private:
+            updates, unclipped = self.private.refuse(updates)
             failures += unclipped
         self._require(round_number, updates, failures)
         combined = aggregate(self.strategy, round_number, updates, state, self.names)

@@ -88,6 +88,7 @@ class ClientMetrics(Named):
         unreadable_images: files that it left out.
         cores: of the CPU that it took.
         weight: of it in the average, where that is less than its images.
+        numbers_cut: of its update, before it was masked.
         name: of its node, where the run knows names.
     """
 
@@ -103,6 +104,7 @@ class ClientMetrics(Named):
     unreadable_images: int | None = None
     cores: int | None = None
     weight: int | None = None
+    numbers_cut: int | None = None
     name: str | None = None
 
 

@@ -197,6 +197,26 @@ def test_the_largest_numbers_of_all_clients_fit():
             assert cut == 1
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_update_that_is_not_finite_is_the_clients_failure(federate, value):
+    """Under a mask it would be a number like any other."""
+
+    def spoil(partition, reply):
+        def how(state):
+            state["encoder.bn1.running_mean"][0] = value
+
+        return change(reply, how) if partition == 1 else reply
+
+    with pytest.raises(RuntimeError, match=r"array 'encoder.bn1.running_mean' is not finite"):
+        federate("num_rounds=1", SECURE, tamper=spoil)
+
+
+def test_numbers_that_were_cut_are_told(federate):
+    _, (row,), _ = federate("num_rounds=1", SECURE, "secagg.largest=0.001")
+    assert all(client.numbers_cut > 0 for client in row.clients)
+    assert sum("numbers of its update (secagg.largest)" in text for text in row.warnings) == 3
+
+
 def test_weights_are_clipped_and_statistics_are_not():
     start = {"a.weight": torch.zeros(4), "bn.running_mean": torch.zeros(4)}
     state = {name: torch.full((4,), 5.0) for name in start}

@@ -121,6 +121,7 @@ def mask_update(message: Message, context: Context, call_next: ClientAppCallable
 
     Raises:
         ValueError: the server asks for something that the round's keys are not for.
+        FloatingPointError: the update is not finite, which nobody else could see.
     """
     state, told = _remembered(message, context), _read(message)
     partitions, chosen = list(state["partitions"]), list(told["chosen"])

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fedssl.training.optimizers import MOMENTUM
 
-BITS = 32
-LARGEST = 2 ** (BITS - 1) - 1
+LARGEST = 2**31 - 1
 STATISTICS = ("running_mean", "running_var")
 
 
@@ -45,8 +44,13 @@ class FixedPoint:
 
         Returns:
             uint32 (N,), in the order of `float_names`, and how many numbers were cut.
+
+        Raises:
+            FloatingPointError: a number is not finite.
         """
         names = float_names(start)
+        if odd := [name for name in names if not torch.isfinite(state[name]).all()]:
+            raise FloatingPointError(f"array {odd[0]!r} is not finite")
         ways = {name: (state[name].double() - start[name].double()) for name in names}
         length = math.hypot(*(float(ways[name].norm()) for name in names if is_weight(name)))
         short = min(1.0, self.longest / length) if length else 1.0

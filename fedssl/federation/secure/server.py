@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,6 @@ from fedssl.federation.guards import (
 from fedssl.federation.messages import ARRAYS, CONFIG, METRICS, RUN, read_tensors
 from fedssl.federation.nodes import Nodes, OnReplies, no_op
 from fedssl.federation.secure.client import (
-    CUT,
     KEYS,
     MASKED,
     PREFIX,
@@ -80,18 +79,19 @@ class KeysOf:
     num_examples: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class MaskedMean:
     """What a round gave.
 
     Attributes:
         mean: of the states of those who answered; counters are not whole.
         updates: of those, without states, which nobody knows.
+        failures: of all steps.
     """
 
-    mean: dict[str, Tensor]
+    mean: Mapping[str, Tensor]
     updates: list[Update]
-    failures: list[Failure] = field(default_factory=list)
+    failures: list[Failure]
 
 
 class SecureRound:
@@ -163,7 +163,7 @@ class SecureRound:
             numbers = _read_numbers(reply.content, len(total))
             state = read_tensors(reply.content, "counters") if counters else {}
             check_state(state, counters)
-            metrics |= take_extra(reply.content, (CUT,))
+            metrics |= take_extra(reply.content)
             total[:] += numbers
             update = Update(partition, keys[partition].num_examples, metrics, {}, reply, 1)
             return update, state
@@ -286,7 +286,11 @@ class SecureRound:
                 raise ValueError(f"can't be read ({type(error).__name__}: {error})") from error
 
         found, failures = read_replies(answers, self.nodes.partition_of, read_soundly)
-        self.failures += [replace(each, reason=f"{what}{each.reason}") for each in failures]
+        names = self.nodes.membership.names
+        self.failures += [
+            replace(each, reason=f"{what}{each.reason}", name=names.get(each.partition))
+            for each in failures
+        ]
         return found
 
     def _weigh(self, keys: Mapping[int, KeysOf]) -> list[float]:
