@@ -3,7 +3,7 @@
     python -m fedssl.deployment.supernode [--only-bundle SHA256] [--certificate FILE]
         [--parent-pid PID] ARGUMENTS OF flower-supernode
 
-Three things of Flower are replaced, each in one function below, and each says why.
+Four things of Flower are replaced, each in one function below, and each says why.
 """
 
 import argparse
@@ -12,11 +12,13 @@ import logging
 import os
 import signal
 import ssl
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from flwr.app import Error, Message
@@ -31,6 +33,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from fedssl.deployment.bundle import BadBundle, digest_of, names_of
 
+SUPEREXEC = "fedssl.deployment.superexec"
 POLL_EVERY_S = 0.5
 WATCH_EVERY_S = 0.5
 GRACE_S = 3.0  # between the request to end and the kill
@@ -52,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.parent_pid:
         end_with(given.parent_pid)
     pull_eagerly(given.only_bundle)
+    fork_for_messages()
     if given.certificate:
         present_certificate(given.certificate)
     sys.argv = ["flower-supernode", *theirs]
@@ -161,6 +165,17 @@ def check_bundle(fab: Fab, run: Run, only_bundle: str) -> None:
     true_hash = hashlib.sha256(fab.content).hexdigest()
     if names != (run.fab_id, run.fab_version) or {fab.hash_str, run.fab_hash} != {true_hash}:
         raise ForeignRun(f"the bundle of {named} is {names[0]} {names[1]}, {true_hash[:SHOWN]}")
+
+
+def fork_for_messages() -> None:
+    """Replace Flower's superexec by one whose ClientApps need not import PyTorch each time."""
+    plain = subprocess.Popen
+
+    def start(command: Sequence[str]) -> subprocess.Popen:
+        own = [sys.executable, "-c", f"from {SUPEREXEC} import main; main()"]
+        return plain([*own, *command[1:]] if command[0] == "flower-superexec" else command)
+
+    start_client_internal.subprocess = SimpleNamespace(Popen=start)  # type: ignore[assignment]
 
 
 def present_certificate(file: Path) -> None:
