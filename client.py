@@ -23,13 +23,15 @@ from fedssl.data.image_set import ImageSet
 from fedssl.data.partitions import split_held_out
 from fedssl.data.views import Augmentation
 from fedssl.errors import UserError, name_some
-from fedssl.federation.keeping import Keeping, folder_at_node, folder_of
+from fedssl.federation.keeping import LEFT, Keeping, folder_at_node, folder_of
 from fedssl.federation.messages import (
     ARRAYS,
     CONFIG,
     METRICS,
     RUN,
+    pack_rounded,
     packed_transport,
+    read_array_record,
     read_state,
     write_state,
     write_tensors,
@@ -47,6 +49,7 @@ from fedssl.federation.secure.client import (
     mask_update,
 )
 from fedssl.federation.statistics import ACTION
+from fedssl.federation.wire import Wire, encode_update
 from fedssl.methods.base import Method, local_arrays
 from fedssl.networks.state import load_state
 from fedssl.seeding import generator_for
@@ -243,7 +246,17 @@ def make_client_app(
     """
     app = ClientApp(mods=[explain_errors(identify), packed_transport])
     for register, answer in (
-        (app.train(mods=[mask_if_asked(identify), clip_if_asked, *mods]), train_reply),
+        (
+            app.train(
+                mods=[
+                    round_if_asked(identify, load),
+                    mask_if_asked(identify),
+                    clip_if_asked,
+                    *mods,
+                ]
+            ),
+            train_reply,
+        ),
         (app.evaluate(), evaluate_reply),
         (app.query(), query_reply),
         (app.query(ACTION), statistics_reply),
@@ -254,6 +267,33 @@ def make_client_app(
     app.query(SHARES)(lambda message, context: shares_reply(identify(context), message, context))
     app.query(UNMASK)(answer_unmask)
     return app
+
+
+def round_if_asked(identify: Identify, load: Load) -> Mod:
+    """Make the mod around all others of a training, which rounds its update if asked to."""
+
+    def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        client = identify(context)
+        if (wire := wire_of(client.config_text)) == "float32":
+            return call_next(message, context)
+        start = read_array_record(message.content)
+        reply = call_next(message, context)
+        if reply.has_error():
+            return reply
+        left = open_left(client, load(client), message, context)
+        earlier = left.read(round_of(message) - 1)
+        coded, rest = encode_update(start, read_array_record(reply.content), earlier, wire)
+        left.write(round_of(message), rest)
+        reply.content[ARRAYS] = pack_rounded(coded)
+        return reply
+
+    return mod
+
+
+@functools.lru_cache(maxsize=1)
+def wire_of(config_text: str) -> Wire:
+    """Tell how a run's updates are rounded on their way."""
+    return str(read_config(config_text).wire)  # type: ignore[return-value]
 
 
 def mask_if_asked(identify: Identify) -> Mod:
@@ -523,14 +563,36 @@ def open_keeping(
     """
     if not state.keeps:
         return None
+    return Keeping(context, own_place(client, state, message), state.keep_rounds)
+
+
+def open_left(
+    client: ClientConfig, state: ClientState, message: Message, context: Context
+) -> Keeping:
+    """Find what rounding has left of a client's updates: in its files, else in its context.
+
+    Raises:
+        ValueError: as of `own_place`.
+    """
+    own = own_place(client, state, message)
+    if own is None:
+        return Keeping(context, None, state.keep_rounds, LEFT)
+    return Keeping(None, own / LEFT, state.keep_rounds)
+
+
+def own_place(client: ClientConfig, state: ClientState, message: Message) -> Path | None:
+    """Give the folder of what a client keeps of this run; None for no files.
+
+    Raises:
+        ValueError: the message names its run in another way than a server does.
+    """
     folder = Path(client.kept_in) if client.kept_in else None
     if client.standalone and state.cache:
         run = str(message.content.config_records[CONFIG].get(RUN, ""))
         if not RUN_NAME.fullmatch(run):
             raise ValueError("the message does not say of which run it is")
         folder = folder_at_node(state.cache, run)
-    own = None if folder is None else folder_of(folder, client.partition)
-    return Keeping(context, own, state.keep_rounds)
+    return None if folder is None else folder_of(folder, client.partition)
 
 
 def _load_to_train(

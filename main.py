@@ -29,7 +29,7 @@ from fedssl.data.partitions import split_held_out
 from fedssl.data.sources.base import absolute
 from fedssl.errors import WARNING, name_some
 from fedssl.evaluation.base import check_evaluable
-from fedssl.federation.keeping import check_kept
+from fedssl.federation.keeping import LEFT, check_kept
 from fedssl.federation.resources import ClientResources
 from fedssl.federation.simulation import simulate
 from fedssl.files import check_writable
@@ -85,6 +85,8 @@ def prepare(config: DictConfig) -> tuple[ClientResources, ImageSet]:
         checkpoint = check_continuation(wanted)
         if checkpoint and (receiving.remembers or method.local_names()):
             check_kept(wanted.find_run(), checkpoint.round)
+        if checkpoint and config.wire != "float32":
+            check_kept(wanted.find_run(), checkpoint.round, LEFT)
     return resources, image_set
 
 

@@ -461,7 +461,7 @@ def run_rounds(
     from fedssl.reporting.figures import draw_loss_graph  # no client needs these two
     from fedssl.reporting.log import TensorboardWriter
 
-    nodes = Nodes(grid, build_patience(config), report, stop, membership)
+    nodes = Nodes(grid, build_patience(config), report, stop, membership, config.wire)
     federation = build_federation(config, nodes, run, image_set, checkpoint, noise_key)
     with TensorboardWriter(run.path, purge_step=federation.done + 1) as events:
 

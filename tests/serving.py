@@ -51,7 +51,8 @@ def make_small():
 
 def identify(context):
     number = int(context.node_config["partition-id"])
-    return ClientConfig("secure_aggregation: false", number, NUM_CLIENTS, standalone=False)
+    text = "{secure_aggregation: false, wire: float32}"
+    return ClientConfig(text, number, NUM_CLIENTS, standalone=False)
 
 
 class Server:

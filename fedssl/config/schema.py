@@ -101,6 +101,11 @@ class MainSettings(Section):
         ge=1,
         description="a client counts for so many times the median's images at most; null: for all",
     )
+    wire: Literal["float32", "bfloat16", "int8", "int4"] = Field(
+        default="float32",
+        description="what weights are rounded to on their way, and what rounding takes from an "
+        "update is sent with the next",
+    )
     secure_aggregation: bool = Field(
         default=False, description="the server learns the sum of the updates and no single one"
     )

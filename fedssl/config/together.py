@@ -21,6 +21,7 @@ SECURE_ONLY = (
     ("privacy.mechanism", "none", "noise is added to updates that the server sees"),
     ("train.statistics", "averaged", "recomputed ones would travel without a mask"),
     ("method.shared_negatives", 0, "projections' moments would travel without a mask"),
+    ("wire", "float32", "masks need every bit of the sum"),
 )
 SUMS = ("FedAvg", "FedProx", "FedAvgM", "FedAdam")  # which need no more than the mean
 AVERAGES = ("FedAvg", "FedProx")  # whose mean Flower's accountant knows
@@ -78,6 +79,11 @@ def _check_privacy(settings: Mapping[str, Any]) -> None:
     if privacy["mechanism"] == "none":
         return
     _require(settings, PRIVATE_ONLY, chosen)
+    if privacy.get("clipping") == "client" and settings["wire"] != "float32":
+        raise SettingError(
+            f"wire={settings['wire']}: privacy.clipping=client needs wire=float32; what rounding "
+            "adds to an update would not be clipped"
+        )
     strategy = settings["strategy"]["_target_"].rpartition(".")[2]
     if strategy not in AVERAGES:
         raise SettingError(

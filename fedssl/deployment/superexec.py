@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from multiprocessing import forkserver
 from types import SimpleNamespace
+from typing import Any
 
 from flwr.supercore.cli import flower_superexec
 from flwr.supercore.constant import TASK_TYPE_TO_COMMAND, TaskType
@@ -38,10 +39,11 @@ def main() -> None:
     forkserver.ensure_running()
     plain = subprocess_executor.subprocess
 
-    def start(command: Sequence[str], **rest: object) -> object:
+    def start(command: Sequence[str], **rest: Any) -> object:
         return plain.Popen(command, **rest) if rest or command[0] != COMMAND else fork(command)
 
-    subprocess_executor.subprocess = SimpleNamespace(Popen=start, DEVNULL=plain.DEVNULL)
+    changed = SimpleNamespace(Popen=start, DEVNULL=plain.DEVNULL)
+    subprocess_executor.subprocess = changed  # type: ignore[assignment]
     flower_superexec()
 
 

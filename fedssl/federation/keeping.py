@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from flwr.app import ArrayRecord, Context
+from flwr.app import ArrayRecord, Context, RecordDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -20,20 +20,26 @@ from fedssl.files import write_atomically
 from fedssl.runs.directory import RunDirectory
 
 KEPT = "kept"  # in `context.state`
+LEFT = "left"  # what rounding has left of updates: its record in the state, and its folder
 RUNS = 3  # whose arrays a node keeps
 
 
 class Keeping:
     """The arrays that one client keeps."""
 
-    def __init__(self, context: Context, folder: Path | None, keep_rounds: int) -> None:
+    def __init__(
+        self, context: Context | None, folder: Path | None, keep_rounds: int, name: str = KEPT
+    ) -> None:
         """Look for nothing yet.
 
         Args:
+            context: whose state keeps it, too; None for files alone.
             folder: of this client in this run; None for no files.
             keep_rounds: checkpoints that a run keeps, from any of which it may go on.
+            name: of the record in the context's state.
         """
-        self.context, self.folder, self.keep_rounds = context, folder, keep_rounds
+        self.state = context.state if context else RecordDict()
+        self.folder, self.keep_rounds, self.name = folder, keep_rounds, name
 
     def read(self, last_round: int) -> dict[str, Tensor]:
         """Give the arrays as this client's last training left them; none before its first.
@@ -44,7 +50,7 @@ class Keeping:
         Raises:
             UserError: the file is damaged.
         """
-        if kept := self.context.state.array_records.get(KEPT):
+        if kept := self.state.array_records.get(self.name):
             return dict(kept.to_torch_state_dict())
         earlier = [file for file in self._files() if round_of(file) <= last_round]
         if not earlier:
@@ -59,7 +65,7 @@ class Keeping:
 
     def write(self, round_number: int, arrays: dict[str, Tensor]) -> None:
         """Keep arrays, with nothing else of this client than what resuming may need."""
-        self.context.state[KEPT] = ArrayRecord(arrays)
+        self.state[self.name] = ArrayRecord(arrays)
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -102,11 +108,12 @@ def folder_at_node(cache: Path, run: str) -> Path:
     return own
 
 
-def check_kept(run: RunDirectory, done: int) -> None:
+def check_kept(run: RunDirectory, done: int, part: str = ".") -> None:
     """Make sure that a simulation which is to go on has what its clients kept.
 
     Args:
         done: the round after which it goes on.
+        part: the folder below that of a client: LEFT for what rounding has left.
 
     Raises:
         UserError: a client's file is missing.
@@ -114,7 +121,7 @@ def check_kept(run: RunDirectory, done: int) -> None:
     rounds = [metrics for metrics in run.read_metrics() if metrics.round <= done]
     trained = {c.partition for m in rounds for c in m.clients if c.num_examples is not None}
     for partition in sorted(trained):
-        folder = folder_of(run.clients, partition)
+        folder = folder_of(run.clients, partition) / part
         if not any(round_of(file) <= done for file in folder.glob("round-*.safetensors")):
             raise UserError(
                 f"resume={run.path}: {folder} lacks what this client kept by round {done}; on a "

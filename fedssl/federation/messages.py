@@ -3,7 +3,8 @@
 Flower sends every array as objects of its own, each with its own requests; on a slow
 network their number costs more than their bytes (benchmarks/performance/wire.py). Packing
 happens between the grid and the rest of the server, and at the door of the client, so
-that strategies, guards and Flower's mods see plain arrays.
+that strategies, guards and Flower's mods see plain arrays, also where these travel rounded
+(fedssl/federation/wire.py).
 
 A message carries in `arrays` what the strategy acts on, and in the entry `buffers` of a
 config record the rest of the model's state, such as BatchNorm's counters, which neither
@@ -22,10 +23,13 @@ from safetensors import SafetensorError, numpy
 from safetensors.torch import load, save
 from torch import Tensor
 
+from fedssl.federation.wire import Wire, add_update, compress, decode, decompress, encode
+
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"  # records of a message
 RUN = "run"  # an entry of the config record: which run this is, 32 hex digits
 BUFFERS = "buffers"  # an entry of the config record, and the config record of a reply
 PACKED = "safetensors"
+ROUNDED = "rounded safetensors"  # the kind of a packed array that is rounded and compressed
 ABSENCES = (  # error codes of messages that no client has answered
     ErrorCode.MESSAGE_UNAVAILABLE,
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
@@ -34,6 +38,7 @@ ABSENCES = (  # error codes of messages that no client has answered
 DIED = "its process died, killed or for want of memory"
 UNREADABLE = (SafetensorError, TypeError, ValueError, EOFError, KeyError, AttributeError)
 MORE_BYTES = 64 * 2**20  # by which a reply may be larger than the message that it answers
+MOST_BYTES = 2**34  # that a message may have once it is decompressed
 NUMBER = 8  # bytes of a number
 MAX_HEADER = 2**16  # bytes before the values of an array, at most
 MAX_REASON = 300  # characters of what a client says of its failure
@@ -58,11 +63,19 @@ def unpack_tensors(data: bytes) -> dict[str, Tensor]:
     return {name.partition(" ")[2]: found[name] for name in sorted(found)}
 
 
-def pack_arrays(arrays: ArrayRecord) -> ArrayRecord:
+def pack_arrays(arrays: ArrayRecord, wire: Wire = "float32") -> ArrayRecord:
     """Put all arrays of a record, with names, order, shapes and dtypes, into one of bytes."""
+    if wire != "float32":
+        return pack_rounded(encode(arrays.to_torch_state_dict(), wire))
     ordered = {f"{place:05d} {name}": _view(arrays[name]) for place, name in enumerate(arrays)}
     data = numpy.save(ordered)
     return ArrayRecord({PACKED: Array("uint8", (len(data),), PACKED, data)})
+
+
+def pack_rounded(coded: Mapping[str, Tensor]) -> ArrayRecord:
+    """Put rounded arrays into one of compressed bytes."""
+    data = compress(pack_tensors(coded))
+    return ArrayRecord({PACKED: Array("uint8", (len(data),), ROUNDED, data)})
 
 
 def _view(array: Array) -> np.ndarray:
@@ -92,13 +105,36 @@ def unpack_arrays(arrays: ArrayRecord) -> ArrayRecord:
     """
     if not is_packed(arrays):
         raise ValueError(f"arrays {sorted(arrays)[:3]} instead of {PACKED!r}")
-    if (kind := arrays[PACKED].stype) != PACKED:
+    if (kind := arrays[PACKED].stype) == ROUNDED:
+        return ArrayRecord(decode(_unpack_rounded(arrays, MOST_BYTES)))
+    if kind != PACKED:
         raise ValueError(f"{PACKED!r} can't be read (it is {kind!r})")
     try:
         found = numpy.load(arrays[PACKED].data)
     except UNREADABLE as error:
         raise ValueError(f"{PACKED!r} can't be read ({error})") from error
     return ArrayRecord({name.partition(" ")[2]: Array(found[name]) for name in sorted(found)})
+
+
+def unpack_update(arrays: ArrayRecord, start: ArrayRecord | None) -> ArrayRecord:
+    """Take the arrays of a reply out of their packing; of a change, add it to the start.
+
+    Args:
+        start: the exact arrays of the message; None if it had none.
+
+    Raises:
+        ValueError: the record holds something else.
+    """
+    if not is_packed(arrays) or arrays[PACKED].stype != ROUNDED:
+        return unpack_arrays(arrays)
+    if start is None:
+        raise ValueError("the reply changes arrays that nobody sent")
+    most = sum(len(array.data) for array in start.values()) + MORE_BYTES
+    return ArrayRecord(add_update(start.to_torch_state_dict(), _unpack_rounded(arrays, most)))
+
+
+def _unpack_rounded(arrays: ArrayRecord, most: int) -> dict[str, Tensor]:
+    return unpack_tensors(decompress(arrays[PACKED].data, most))
 
 
 def split_state(
@@ -171,7 +207,7 @@ def read_state(content: RecordDict) -> dict[str, Tensor]:
     return state | rest
 
 
-def pack_messages(messages: Iterable[Message]) -> list[Message]:
+def pack_messages(messages: Iterable[Message], wire: Wire = "float32") -> list[Message]:
     """Pack the arrays of messages for the way; those that share a record are packed once."""
     packed: dict[int, ArrayRecord] = {}
     messages = list(messages)
@@ -180,7 +216,7 @@ def pack_messages(messages: Iterable[Message]) -> list[Message]:
         if not isinstance(arrays, ArrayRecord) or is_packed(arrays):  # sent before
             continue
         if id(arrays) not in packed:
-            packed[id(arrays)] = pack_arrays(arrays)
+            packed[id(arrays)] = pack_arrays(arrays, wire)
         message.content = RecordDict({**message.content, ARRAYS: packed[id(arrays)]})
     return messages
 
@@ -195,11 +231,12 @@ def count_bytes(content: RecordDict) -> int:
     return texts + sum(len(array.data) for array in arrays)
 
 
-def unpack_reply(reply: Message, most: int) -> None:
+def unpack_reply(reply: Message, most: int, start: ArrayRecord | None) -> None:
     """Take the arrays of a reply, if it has any, out of their packing.
 
     Args:
         most: bytes that it may have.
+        start: the exact arrays of the message that it answers, if that had any.
 
     Raises:
         ValueError: they are something else, or more.
@@ -207,7 +244,7 @@ def unpack_reply(reply: Message, most: int) -> None:
     if (size := count_bytes(reply.content)) > most:
         raise ValueError(f"its reply has {size / 1e6:,.1f} MB, over {most / 1e6:,.1f}")
     if isinstance(arrays := reply.content.get(ARRAYS), ArrayRecord):
-        reply.content[ARRAYS] = unpack_arrays(arrays)
+        reply.content[ARRAYS] = unpack_update(arrays, start)
 
 
 def repeat_message(message: Message) -> Message:
@@ -224,7 +261,8 @@ def packed_transport(message: Message, context: Context, call_next: ClientAppCal
         message.content[ARRAYS] = unpack_arrays(message.content.array_records[ARRAYS])
     reply = call_next(message, context)
     if reply.has_content() and ARRAYS in reply.content:
-        reply.content[ARRAYS] = pack_arrays(reply.content.array_records[ARRAYS])
+        arrays = reply.content.array_records[ARRAYS]
+        reply.content[ARRAYS] = arrays if is_packed(arrays) else pack_arrays(arrays)
     return reply
 
 

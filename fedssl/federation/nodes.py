@@ -5,12 +5,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from threading import Event
 
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
 
 from fedssl.federation.membership import STALE_S, Membership, Patience, Registration
 from fedssl.federation.messages import (
     ABSENCES,
+    ARRAYS,
     DIED,
     MORE_BYTES,
     count_bytes,
@@ -19,6 +20,7 @@ from fedssl.federation.messages import (
     repeat_message,
     unpack_reply,
 )
+from fedssl.federation.wire import DOWN, Wire
 from fedssl.runs.metrics import NodeEvent
 
 POLL_S = 1.0
@@ -61,6 +63,7 @@ class Nodes:
         report: Callable[[str], None] = no_op,
         stop: Event | None = None,
         membership: Membership | None = None,
+        wire: Wire = "float32",
     ) -> None:
         """Start without having met any.
 
@@ -68,12 +71,15 @@ class Nodes:
             report: told, in a line, of waiting and of nodes that come and go.
             stop: set by another thread to end all waiting.
             membership: decides who may take part; by default whoever comes first.
+            wire: how models are rounded on their way.
         """
         self.grid, self.patience, self.report = grid, patience, report
         self.stop = stop or Event()
+        self.wire: Wire = wire
         self.membership = membership or Membership()
         self.registration = Registration(grid, patience, self.membership)
         self.events: list[NodeEvent] = []  # since `take_events`
+        self.sent_bytes = self.received_bytes = 0  # since `take_bytes`
         self._present: list[int] = []
         self._silent: set[int] = set()  # who did not answer the last message
 
@@ -91,6 +97,12 @@ class Nodes:
         """Give who joined, left or was refused since the last call."""
         events, self.events = tuple(self.events), []
         return events
+
+    def take_bytes(self) -> tuple[int, int]:
+        """Give the bytes of the messages sent and of the replies, since the last call."""
+        found = self.sent_bytes, self.received_bytes
+        self.sent_bytes = self.received_bytes = 0
+        return found
 
     def wait_for_clients(self) -> None:
         """Wait for the nodes of a new round and learn which partition each holds.
@@ -163,11 +175,13 @@ class Nodes:
             on_replies: told of all replies so far, at the start and whenever one comes in.
         """
         messages = list(messages)
-        answers = self._exchange(messages, on_replies)
+        starts = [_arrays_of(message) for message in messages]  # before they are rounded
+        answers = self._exchange(messages, starts, on_replies)
         died = [place for place, answer in enumerate(answers) if answer.failure == DIED]
         if died:
             self._pause(RESTART_S)
-            again = self._exchange([repeat_message(messages[place]) for place in died])
+            repeated = [repeat_message(messages[place]) for place in died]
+            again = self._exchange(repeated, [starts[place] for place in died])
             for place, answer in zip(died, again, strict=True):
                 answers[place] = answer
         gone = {answer.node for answer in answers if answer.absent}
@@ -176,10 +190,18 @@ class Nodes:
         self._present = [node for node in self._present if node not in gone]
         return sorted(answers, key=lambda answer: self.partition_of[answer.node])
 
-    def _exchange(self, messages: list[Message], on_replies: OnReplies = no_op) -> list[Answer]:
+    def _exchange(
+        self,
+        messages: list[Message],
+        starts: list[ArrayRecord | None],
+        on_replies: OnReplies = no_op,
+    ) -> list[Answer]:
+        messages = pack_messages(messages, DOWN[self.wire])
+        sizes = [count_bytes(message.content) for message in messages]
+        self.sent_bytes += sum(sizes)
         replies = self._deliver(messages, on_replies)
         answers = []
-        for message in messages:
+        for message, start, sent in zip(messages, starts, sizes, strict=True):
             node = message.metadata.dst_node_id
             reply = replies.get(message.metadata.message_id)
             if reply is None:
@@ -189,8 +211,8 @@ class Nodes:
                 absent = reply.error.code in ABSENCES
                 answers.append(Answer(node, None, explain(reply.error), absent))
             else:
-                most = count_bytes(message.content) + MORE_BYTES
-                answers.append(_unpack(node, reply, most))
+                self.received_bytes += count_bytes(reply.content)
+                answers.append(_unpack(node, reply, sent + MORE_BYTES, start))
         return answers
 
     def _deliver(self, messages: list[Message], on_replies: OnReplies) -> dict[str, Message]:
@@ -198,11 +220,7 @@ class Nodes:
 
         The grid's own method waits three seconds between two looks when it goes over HTTP.
         """
-        waiting = {
-            message_id
-            for message_id in self.grid.push_messages(pack_messages(messages))
-            if message_id
-        }
+        waiting = {each for each in self.grid.push_messages(messages) if each}
         replies: dict[str, Message] = {}
         deadline = time.monotonic() + self.patience.timeout_s
         on_replies(replies.values())
@@ -225,10 +243,15 @@ class Nodes:
             raise RuntimeError("stopped while waiting for clients")
 
 
-def _unpack(node: int, reply: Message, most: int) -> Answer:
+def _arrays_of(message: Message) -> ArrayRecord | None:
+    arrays = message.content.get(ARRAYS)
+    return arrays if isinstance(arrays, ArrayRecord) else None
+
+
+def _unpack(node: int, reply: Message, most: int, start: ArrayRecord | None) -> Answer:
     """Take the arrays of a reply out of their packing, or say why that can't be done."""
     try:
-        unpack_reply(reply, most)
+        unpack_reply(reply, most, start)
     except ValueError as error:
         return Answer(node, None, str(error))
     return Answer(node, reply)

@@ -181,7 +181,7 @@ class Federation:
         began = time.perf_counter()
         updates, failures = self._train(round_number, on_progress)
         trained = time.perf_counter()
-        measured, silent = self._renew_statistics(round_number)
+        silent = self._renew_statistics(round_number)
         evaluations, absent = self._ask(round_number, MessageType.EVALUATE, on_progress)
         absent += self._hear_projections(evaluations)
         self.strategy.aggregate_evaluate(round_number, [each.message for each in evaluations])
@@ -189,6 +189,7 @@ class Federation:
         monitor = self.monitor
         knn = monitor.accuracy(self.encoder(), round_number) if monitor else None
         ended, bounded = time.perf_counter(), self.settings.weighting.bounds
+        down, up = self.nodes.take_bytes()
         spent = self.private.privacy_spent() if self.private else None
         metrics = RoundMetrics(
             round=round_number,
@@ -203,8 +204,8 @@ class Federation:
             seconds_evaluate=round(evaluated - trained, 3),
             seconds_knn=round(ended - evaluated, 3),
             images_per_second=sum(u.metrics["images"] for u in updates) / (trained - began),
-            bytes_moved=2 * len(updates) * _count_bytes(self._travels(MessageType.TRAIN))
-            + (measured + len(evaluations)) * _count_bytes(self._travels(MessageType.EVALUATE)),
+            bytes_moved=down + up,
+            bytes_up=up,
             clients=tuple(map(self._named, client_metrics(updates, evaluations, bounded))),
             failures=tuple(map(self._named, failures + silent + absent)),
             nodes=self.nodes.take_events(),
@@ -284,21 +285,21 @@ class Federation:
         load_state(method, {**method.state_dict(), **self.whole})
         return method.encoder
 
-    def _renew_statistics(self, round_number: int) -> tuple[int, list[Failure]]:
+    def _renew_statistics(self, round_number: int) -> list[Failure]:
         """Ask those who will evaluate for BatchNorm's statistics: for views, and for whole images.
 
         Returns:
-            The number of usable answers, and the failures.
+            The failures.
         """
         if not self.settings.recompute_statistics:
-            return 0, []
+            return []
         messages = map(statistics_request, self._requests(round_number, MessageType.EVALUATE))
         answers = self.nodes.send_and_receive(messages)
         given = answers, self.nodes.partition_of, self.method, self.settings.weighting.weigh
         views, whole, failures = pool_statistics(*given)
         load_state(self.method, {**self.method.state_dict(), **views})
         self.whole = whole or self.whole
-        return len(answers) - len(failures), failures
+        return failures
 
     def _hear_projections(self, evaluations: Sequence[Update]) -> list[Failure]:
         """Keep what clients tell of their projections, where the method shares them."""
@@ -349,10 +350,6 @@ class Federation:
         """Give what a message carries: the model's state, and momentum to train on with."""
         momentum = self.momentum if kind == MessageType.TRAIN else {}
         return {**self.method.shared_state(), **momentum}
-
-
-def _count_bytes(state: Mapping[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in state.values())
 
 
 def _tell(on_progress: ProgressCallback, phase: str, asked: int) -> OnReplies:

@@ -171,9 +171,9 @@ class RoundMetrics:
     """The numbers of a round, a line of metrics.jsonl.
 
     Losses are the method's, means over clients weighted by their images; None where
-    nobody could tell. `knn` is top-1 from 0 to 1. `bytes_moved` counts the model's
-    arrays, to the clients and back. `epsilon` at `delta` is of all rounds so far, see
-    fedssl/federation/privacy.py.
+    nobody could tell. `knn` is top-1 from 0 to 1. `bytes_moved` counts what messages
+    carry, to the clients and back, `bytes_up` what replies do. `epsilon` at `delta` is of
+    all rounds so far, see fedssl/federation/privacy.py.
     """
 
     round: int
@@ -195,6 +195,7 @@ class RoundMetrics:
     bytes_moved: int | None = shown(
         "moved", ",.0f", " MB", 1e-6, where=Where.LOG | Where.CURVE | Where.PAGE
     )
+    bytes_up: int | None = None
     epsilon: float | None = shown("epsilon", ".2f", seldom=True)
     delta: float | None = None
     clients: tuple[ClientMetrics, ...] = ()

@@ -26,7 +26,7 @@ def federate(config, digits, tmp_path):
         directory = create_run(tmp_path / f"run{len(list(tmp_path.iterdir()))}", changed)
         rounds = []
         grid = ShuffledGrid(changed, tamper)
-        nodes = Nodes(grid, build_patience(changed))
+        nodes = Nodes(grid, build_patience(changed), wire=changed.wire)
         nodes.membership.names.update(names)
         federation = build_federation(changed, nodes, directory, digits, checkpoint)
         federation.train(rounds.append, on_progress)

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ from fedssl.config.compose import load_config
 from fedssl.federation import messages
 from fedssl.federation.guards import Update
 from fedssl.federation.local_grid import LocalGrid
-from fedssl.federation.messages import PACKED
+from fedssl.federation.messages import PACKED, ROUNDED, pack_tensors, unpack_tensors
 from fedssl.federation.nodes import Nodes
 from fedssl.federation.weights import Weighting
+from fedssl.federation.wire import compress, encode
 from utils import build_federation, build_patience
 
 WEIGHT, MEAN = "encoder.conv1.weight", "encoder.bn1.running_mean"
@@ -60,16 +62,22 @@ def tell(**values):
     return how
 
 
-def raw(make):
+def raw(make, kind=PACKED):
     """Change the packed bytes, as they travel."""
 
     def how(reply):
         data = make(reply.content["arrays"][PACKED].data)
-        array = Array("uint8", (len(data),), PACKED, data)
+        array = Array("uint8", (len(data),), kind, data)
         reply.content["arrays"] = ArrayRecord({PACKED: array})
 
     how.packed = True
     return how
+
+
+def endless_steps(data):
+    coded = encode(unpack_tensors(data), "int8")
+    coded[f"step {WEIGHT}"].fill_(float("inf"))
+    return compress(pack_tensors(coded))
 
 
 def header_of(entries, data=b""):
@@ -133,6 +141,9 @@ HOSTILE = {  # what a client does, and what is said of it
         raw(lambda data: header_of({"a": entry(0, 8, [2]), "b": entry(4, 12, [2])}, bytes(12))),
         "can't be read",
     ),
+    "a rounded bomb": (raw(lambda data: zlib.compress(bytes(2**28)), ROUNDED), "more than"),
+    "rounded garbage": (raw(lambda data: data, ROUNDED), "can't be decompressed"),
+    "endless steps": (raw(endless_steps, ROUNDED), f"array {WEIGHT!r} is not finite"),
     "one name twice": (
         raw(
             lambda data: header_of(

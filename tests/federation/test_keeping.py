@@ -12,6 +12,7 @@ from client import make_client_app, simulated
 from fedssl.config.compose import load_config
 from fedssl.errors import UserError
 from fedssl.federation.keeping import (
+    LEFT,
     RUNS,
     Keeping,
     check_kept,
@@ -28,6 +29,7 @@ KINDS = (
     ["method=moco", "method.queue_size=64"],
     ["method=byol", "receive=fedema"],
 )
+WIRES = ("bfloat16", "int8", "int4")
 
 
 class Recorder(LocalGrid):
@@ -69,12 +71,12 @@ def federate(config, digits, tmp_path):
         checkpoint = None
         if earlier:
             checkpoint = load_checkpoint(list_checkpoints(earlier.checkpoints)[0])
-            for old in earlier.clients.glob("*/*"):  # those of later rounds, too
+            for old in earlier.clients.rglob("*.safetensors"):  # those of later rounds, too
                 new = directory.clients / old.relative_to(earlier.clients)
                 new.parent.mkdir(parents=True, exist_ok=True)
                 new.write_bytes(old.read_bytes())
         grid = Recorder(changed, directory.clients if files else None, loses_context)
-        nodes = Nodes(grid, build_patience(changed))
+        nodes = Nodes(grid, build_patience(changed), wire=changed.wire)
         federation = build_federation(changed, nodes, directory, digits, checkpoint)
         federation.train(lambda metrics: None)
         return federation, grid
@@ -105,6 +107,21 @@ def test_who_finds_what_it_kept_goes_on_with_the_same_bytes(federate, overrides)
         assert kept[name].numel() < 9 or kept[name].numpy().tobytes() not in wire, name
     shared = whole.method.state_dict()["encoder.conv1.weight"]
     assert shared.numpy().tobytes() in wire
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_what_rounding_has_left_stays_with_the_client(federate, wire):
+    whole, _ = federate(f"wire={wire}")
+    left = load_file(folder_of(whole.run.clients, 0) / LEFT / "round-0002.safetensors")
+    assert any(value.any() for value in left.values())
+    resumed, _ = federate(f"wire={wire}", earlier=whole.run)
+    assert last_bytes(resumed) == last_bytes(whole)
+    back, _ = federate(f"wire={wire}", loses_context=True)
+    assert last_bytes(back) == last_bytes(whole)
+    in_context, _ = federate(f"wire={wire}", files=False)
+    assert last_bytes(in_context) == last_bytes(whole)
+    lost, _ = federate(f"wire={wire}", loses_context=True, files=False)
+    assert last_bytes(lost) != last_bytes(whole)
 
 
 def fill(folder, rounds):
@@ -154,3 +171,8 @@ def test_a_simulation_that_lacks_a_clients_file_does_not_go_on(tmp_path, config)
         check_kept(run, 1)
     fill(folder_of(run.clients, 1), [1])
     check_kept(run, 1)
+    with pytest.raises(UserError, match="partition-0/left lacks what this client kept"):
+        check_kept(run, 1, LEFT)
+    for number in range(2):
+        fill(folder_of(run.clients, number) / LEFT, [1])
+    check_kept(run, 1, LEFT)
