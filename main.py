@@ -11,7 +11,7 @@ from fedssl.config.help import answer
 if __name__ == "__main__":
     answer("config", complete=list)  # before the imports below, which take seconds
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Event
 
@@ -30,6 +30,7 @@ from fedssl.data.sources.base import absolute
 from fedssl.errors import WARNING, name_some
 from fedssl.evaluation.base import check_evaluable
 from fedssl.federation.keeping import LEFT, check_kept
+from fedssl.federation.membership import Membership
 from fedssl.federation.resources import ClientResources
 from fedssl.federation.simulation import simulate
 from fedssl.files import check_writable
@@ -111,7 +112,7 @@ def train(
     private, ended = config.privacy.mechanism != "none", []
     with RoundProgress(config.num_rounds, done, config.quiet, private) as progress:
 
-        def serve(grid: Grid, stop: Event) -> None:
+        def serve(grid: Grid, stop: Event, partition_of: Mapping[int, int]) -> None:
             reason = run_rounds(
                 config,
                 grid,
@@ -121,6 +122,7 @@ def train(
                 checkpoint=checkpoint,
                 on_progress=progress.follow,
                 stop=stop,
+                membership=Membership(known=partition_of),
             )
             ended.append(reason)
 

@@ -64,12 +64,16 @@ class Membership:
     roster, it belongs to the key that the roster names, connected or not.
     """
 
-    def __init__(self, roster: Sequence[Member] = ()) -> None:
+    def __init__(
+        self, roster: Sequence[Member] = (), known: Mapping[int, int] | None = None
+    ) -> None:
         """Start without having met any node.
 
         Args:
             roster: the nodes that may take part; empty for any.
+            known: partitions of nodes that need not be asked: those of a simulation.
         """
+        self.known = known or {}
         self.members = {member.flower_key: member for member in roster}
         self.names = {member.partition: member.name for member in roster}
         self.partition_of: dict[int, int] = {}  # also of nodes that are gone
@@ -88,6 +92,10 @@ class Membership:
             if node not in connected:
                 del self.holders[partition]
                 self._tell("left", partition)
+        mine = {self.known[node]: node for node in connected.keys() & self.known.keys()}
+        self.holders |= mine
+        self.partition_of |= {node: partition for partition, node in mine.items()}
+        self._held |= mine.keys()
         self._refused = {node: e for node, e in self._refused.items() if node in connected}
         self._for_good = set()
         self.failed &= connected.keys()

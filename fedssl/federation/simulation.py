@@ -4,18 +4,22 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from threading import Event, current_thread, main_thread
 from typing import Any
 
 from flwr.app import Context
 from flwr.clientapp import ClientApp
+from flwr.server.superlink.fleet.vce import vce_api
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from fedssl.federation.resources import ClientResources
 
-Serve = Callable[[Grid, Event], None]
+Serve = Callable[[Grid, Event, Mapping[int, int]], None]
+REGISTER = "_register_nodes"  # Flower's own step, which deals partitions out to nodes
+LOOK_EVERY_S = 0.1
 
 
 def simulate(
@@ -25,7 +29,8 @@ def simulate(
 
     Args:
         serve: the server's work; the event is set when the clients are gone, so
-            that nobody waits for them.
+            that nobody waits for them. The mapping gives the partitions of nodes: ten
+            thousand of them need not be asked.
         resources: what each client's process gets.
     """
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # failures are shown by the round
@@ -38,15 +43,35 @@ def simulate(
     }
     _start_ray(resources)
     server, stop = ServerApp(), Event()
+    with _dealt_out() as partition_of:
 
-    @server.main()
-    def main(grid: Grid, context: Context) -> None:
-        serve(grid, stop)
+        @server.main()
+        def main(grid: Grid, context: Context) -> None:
+            while len(partition_of) < num_clients and not stop.wait(LOOK_EVERY_S):
+                pass
+            serve(grid, stop, partition_of)
 
+        try:
+            run_simulation(server, clients, num_clients, "ray", backend)
+        finally:
+            stop.set()
+
+
+@contextmanager
+def _dealt_out() -> Iterator[dict[int, int]]:
+    """Learn which partitions Flower gives to its virtual nodes; it tells only these themselves."""
+    partition_of: dict[int, int] = {}
+    register: Callable[..., Mapping[int, int]] = getattr(vce_api, REGISTER)
+
+    def note(*args: Any, **kwargs: Any) -> Mapping[int, int]:
+        partition_of.update(register(*args, **kwargs))
+        return partition_of
+
+    setattr(vce_api, REGISTER, note)
     try:
-        run_simulation(server, clients, num_clients, "ray", backend)
+        yield partition_of
     finally:
-        stop.set()
+        setattr(vce_api, REGISTER, register)
 
 
 def _start_ray(resources: ClientResources) -> None:
