@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -153,7 +154,8 @@ def test_the_same_seed_gives_the_same_bytes_even_on_a_ray_cluster_of_two_nodes(
         cluster.shutdown()
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
-    assert "2 clients at a time, each on 1 CPU core" in done.stdout
+    assert "2 clients at a time, each on 1 CPU core:" in done.stdout
+    assert f"1 on {socket.gethostname()}, 1 on {socket.gethostname()}" in done.stdout
     last = "latest/checkpoints/round-0002.safetensors"
     assert (tmp_path / last).read_bytes() == (finished[0] / last).read_bytes()
 

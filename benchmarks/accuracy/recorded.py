@@ -165,6 +165,16 @@ PRIVATE: dict[str, tuple[str, Sequence[str]]] = {  # title in the table, and ove
     ),
 }
 
+# How models are rounded on their way; float32 are runs above.
+WIRES = ("float32", "bfloat16", "int8", "int4")
+WIRE_RUNS = {"digits": "digits_bfloat16", "sweep": "federation/five"}
+
+
+def wire_run(images: str, wire: str) -> str:
+    """Name the run with a wire, on digits or in the federation of five."""
+    return WIRE_RUNS[images] if wire == "float32" else f"wire/{images}-{wire}"
+
+
 # Beside the budget of cifar10_cpu what a federation stands between: as many steps one after the
 # other on a fifth of the images, and all images with the steps of both clients of a round.
 BETWEEN = ("experiment=cifar10_cpu", "strategy.fraction_train=1", "eval.baselines=false")
@@ -212,6 +222,11 @@ for method, (_, overrides) in METHODS.items():
         given = [*overrides, *dealt, "eval.baselines=false"]
         RUNS[method_run(method, split)] = ["experiment=cifar10_sweep", *given]
     RUNS[method_run(method, "digits")] = list(overrides)
+for wire in WIRES[1:]:
+    RUNS[wire_run("digits", wire)] = [f"wire={wire}"]
+    RUNS[wire_run("sweep", wire)] = [
+        *("experiment=cifar10_sweep", f"wire={wire}", "eval.baselines=false"),
+    ]
 # The budgets take long, and the other strategies get more seeds once a first one helps.
 ONE_SEED = {*BUDGETS} | {
     f"sweep/{name}" for name in ("short-first-rounds", "two-classes-fedprox", "fedadam")

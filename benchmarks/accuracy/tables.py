@@ -7,7 +7,6 @@ What has not been recorded is an empty cell or no line.
 """
 
 import json
-import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,8 +20,13 @@ from benchmarks.accuracy.recorded import (
     METHODS,
     PRIVATE,
     SPLITS,
+    WIRE_RUNS,
+    WIRES,
     method_run,
+    wire_run,
 )
+from benchmarks.markdown import head, line
+from benchmarks.performance import tables as performance
 from fedssl.env import ROOT
 
 RESULTS = ROOT / "results"
@@ -77,16 +81,6 @@ def cell(seeds: list[Results], *what: Any, **more: Any) -> str:
     """Show the mean over the seeds' means, and their spread."""
     scores = [find_score(results, *what, **more) for results in seeds]
     return show([score["mean"] for score in scores if score])
-
-
-def line(*cells: Any) -> str:
-    """Join cells to a line of a table."""
-    return re.sub(" +", " ", f"| {' | '.join(map(str, cells))} |")
-
-
-def head(*names: str) -> list[str]:
-    """Make the first two lines of a table."""
-    return [line(*names), "|" + "---|" * len(names)]
 
 
 def digits_table() -> list[str]:
@@ -279,6 +273,31 @@ def tuned_table() -> list[str]:
     return lines
 
 
+def rounding_table() -> list[str]:
+    """Tabulate what rounding on the way costs and spares: megabytes up, scores, by wire."""
+    titles = {"digits": "digits", "sweep": "`cifar10_sweep`, momentum travels too"}
+    names = ("MB up a round", "MB in all a round", "linear head", "converged head", "kNN", "seeds")
+    lines = head("", "wire", *names)
+    for images in WIRE_RUNS:
+        for wire in WIRES:
+            run = wire_run(images, wire)
+            if seeds := read_seeds(run):
+                lines.append(
+                    line(titles[images], wire, *bytes_a_round(run), *scores_of(run), len(seeds))
+                )
+    return lines
+
+
+def bytes_a_round(run: str) -> tuple[str, str]:
+    """Show the megabytes that a client sends in a round, and those in both directions."""
+    rounds = [json.loads(t) for t in (RESULTS / run / "seed0" / "metrics.jsonl").open()]
+    clients = sum(1 for row in rounds for client in row["clients"] if client.get("images"))
+    both = sum(row["bytes_moved"] for row in rounds) / clients / 1e6
+    up = [row.get("bytes_up") for row in rounds]
+    # Records older than rounding have what moved both ways alone.
+    return "" if None in up else f"{sum(up) / clients / 1e6:.1f}", f"{both:.1f}"
+
+
 def privacy_table() -> list[str]:
     """Tabulate what an encoder is worth at an epsilon, beside a random one."""
     methods = ("linear head", "converged head", "kNN")
@@ -338,6 +357,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "privacy": privacy_table,
     "attack": attack_table,
     "masking": masking_table,
+    "rounding": rounding_table,
+    **performance.TABLES,
 }
 
 

@@ -9,20 +9,20 @@ clients that run at a time. Meanwhile the resident and the proportional memory o
 every client process is sampled; shared pages, such as those of the image cache,
 count once in the latter. Of all processes together, the main one included, the
 median of the anonymous memory (their own, no files) is given for every round.
-
-    python -m benchmarks.performance.simulation --path cifar10-parquet num_clients=1000 \\
-        strategy.fraction_train=0.01 strategy.fraction_evaluate=0.01 num_rounds=12
 """
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -31,6 +31,10 @@ from fedssl.env import ROOT
 from fedssl.runs.provenance import provenance
 
 SAMPLE_EVERY_S = 5.0  # reading smaps costs time
+PARTS = {  # of a process's memory, by the files that it maps
+    "cache_rss": re.compile(r"\.pixels$"),
+    "cuda_rss": re.compile("/nvidia/|cuda|cudnn|cublas|nccl"),
+}
 
 
 def descendants(pid: int) -> list[int]:
@@ -57,23 +61,28 @@ def find_clients(main_pid: int) -> list[int]:
 
 
 def client_memory(main_pid: int) -> list[dict[str, float]]:
-    """Sample resident, proportional and cache-file memory of the client processes, in MB."""
+    """Sample the memory of the client processes, in MB.
+
+    Resident, proportional, and of the resident what maps the image cache's file and the
+    libraries for CUDA, which a PyTorch for CPUs alone does not have.
+    """
     found = []
     for pid in find_clients(main_pid):
         try:
             rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-            cache = 0
-            inside = False
+            parts = dict.fromkeys(PARTS, 0)
+            inside: list[str] = []
             for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
                 if "-" in line.split(" ", 1)[0]:
-                    inside = line.endswith(".pixels")
+                    inside = [name for name, file in PARTS.items() if file.search(line)]
                 elif inside and line.startswith("Rss:"):
-                    cache += int(line.split()[1])
+                    parts[inside[0]] += int(line.split()[1])
         except OSError:
             continue
         sizes = {line.split()[0][:-1]: int(line.split()[1]) for line in rollup.splitlines()[1:]}
         found.append(
-            {"rss": sizes["Rss"] / 1e3, "pss": sizes["Pss"] / 1e3, "cache_rss": cache / 1e3}
+            {"rss": sizes["Rss"] / 1e3, "pss": sizes["Pss"] / 1e3}
+            | {name: size / 1e3 for name, size in parts.items()}
         )
     return found
 
@@ -91,6 +100,67 @@ def own_memory(main_pid: int) -> float:
     return total / 1e3
 
 
+def measure(path: str, overrides: Sequence[str], ray_address: str | None = None) -> dict[str, Any]:
+    """Run a simulation on CIFAR-10 and say what it took.
+
+    Args:
+        path: a local copy of uoft-cs/cifar10.
+        overrides: of main.py.
+        ray_address: of a cluster to use; its clients' memory is not seen.
+    """
+    cluster = [f"ray_address={ray_address}"] if ray_address else []
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["main.py", "dataset=cifar10", f"dataset.path={path}", *overrides]
+        places = [f"output_dir={folder}", "eval.seeds=1"]
+        began, began_at = time.perf_counter(), time.time()
+        run = subprocess.Popen([sys.executable, *command, *cluster, *places], cwd=ROOT)
+        latest = Path(folder, "latest")
+        metrics = latest / "metrics.jsonl"
+        memory: list[dict[str, float]] = []
+        own: dict[int, list[float]] = {}
+        first = trained = None
+        while run.poll() is None:
+            memory += client_memory(run.pid)
+            done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+            own.setdefault(done + 1, []).append(own_memory(run.pid))
+            if first is None and (files := sorted(latest.glob("checkpoints/round-*"))):
+                first = int(files[0].stem[-4:]), files[0].stat().st_mtime - began_at
+            if trained is None and (latest / "encoder.safetensors").exists():
+                trained = time.perf_counter() - began
+            time.sleep(SAMPLE_EVERY_S)
+        if run.returncode or trained is None or first is None:
+            raise SystemExit(f"the run failed with status {run.returncode}")
+        rows = [json.loads(line) for line in metrics.open()]
+        config = OmegaConf.load(latest / "config.yaml")
+    processes = min(config.num_clients, count_cores() // config.num_cpus)
+    local = [
+        sum(
+            client["images"] / client["images_per_second"]
+            for client in row["clients"]
+            if "images" in client  # others only evaluate
+        )
+        / processes
+        for row in rows
+    ]
+    found = {
+        "command": f"python {' '.join(command[:2])} {' '.join(overrides)}",
+        "wall_s": trained,
+        "startup_s": first[1] - sum(row["seconds"] for row in rows[: first[0]]),
+        "local_training_s": sum(local),
+        "processes": processes,
+        "overhead_s": trained - sum(local),
+        "round_overhead_s": median(
+            row["seconds"] - spent
+            for row, spent in list(zip(rows, local, strict=True))[min(1, len(rows) - 1) :]
+        ),
+        "ratio": trained / sum(local),
+        "own_mb_by_round": [round(median(own[n])) for n in sorted(own) if n <= len(rows)],
+    }
+    if memory:
+        found["peak_client_mb"] = {k: max(m[k] for m in memory) for k in memory[0]}
+    return found
+
+
 def main() -> None:
     """Run the simulation, compare, print, and write everything with its provenance."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -99,49 +169,11 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as train.max_steps=20")
     given = parser.parse_intermixed_args()
     measured = provenance()
-    with tempfile.TemporaryDirectory() as folder:
-        command = ["main.py", "dataset=cifar10", f"dataset.path={given.path}", *given.overrides]
-        began = time.perf_counter()
-        run = subprocess.Popen(
-            [sys.executable, *command, f"output_dir={folder}", "eval.seeds=1"], cwd=ROOT
-        )
-        metrics = Path(folder, "latest", "metrics.jsonl")
-        memory: list[dict[str, float]] = []
-        own: dict[int, list[float]] = {}
-        trained = None
-        while run.poll() is None:
-            memory += client_memory(run.pid)
-            done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
-            own.setdefault(done + 1, []).append(own_memory(run.pid))
-            if trained is None and Path(folder, "latest", "encoder.safetensors").exists():
-                trained = time.perf_counter() - began
-            time.sleep(SAMPLE_EVERY_S)
-        if run.returncode or trained is None:
-            raise SystemExit(f"the run failed with status {run.returncode}")
-        rows = [json.loads(line) for line in metrics.open()]
-        config = OmegaConf.load(Path(folder, "latest", "config.yaml"))
-    processes = min(config.num_clients, count_cores() // config.num_cpus)
-    local = sum(
-        client["images"] / client["images_per_second"]
-        for row in rows
-        for client in row["clients"]
-        if "images" in client  # others only evaluate
-    )
-    result = {
-        "command": f"python {' '.join(command[:2])} {' '.join(given.overrides)}",
-        "wall_s": trained,
-        "local_training_s": local / processes,
-        "processes": processes,
-        "overhead_s": trained - local / processes,
-        "ratio": trained / (local / processes),
-        "peak_client_mb": {k: max(m[k] for m in memory) for k in ("rss", "pss", "cache_rss")},
-        "own_mb_by_round": [round(median(own[n])) for n in sorted(own) if n <= len(rows)],
-        "measured": measured,
-    }
-    print(json.dumps({k: v for k, v in result.items() if k != "measured"}, indent=2))
+    result = measure(given.path, given.overrides)
+    print(json.dumps(result, indent=2))
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps(result, indent=2) + "\n")
+        given.out.write_text(json.dumps(result | {"measured": measured}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

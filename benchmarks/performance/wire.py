@@ -6,7 +6,8 @@ Starts a real SuperLink and two SuperNodes on this machine. Each node reaches th
 SuperLink through a proxy that counts HTTP requests and bytes and holds back what
 passes, in each direction, for the given delay. Training is a single step, so
 that the wire is what remains. Every case is measured twice: with all arrays
-packed into one, as the project does it, and with each on its own.
+packed into one, as the project does it, and with each on its own; the first
+also with every way to round what travels.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from benchmarks.accuracy.recorded import WIRES
 from fedssl.deployment.checks import free_port
 from fedssl.deployment.commands import environment
 from fedssl.env import ROOT
@@ -119,7 +121,7 @@ class Proxy:
         await asyncio.gather(delivery, return_exceptions=True)
 
 
-def measure(encoder: str, packed: bool, delay_s: float, place: Path) -> dict:
+def measure(encoder: str, packed: bool, wire: str, delay_s: float, place: Path) -> dict:
     """Run a federation of two nodes and give the cost of a round for a node."""
     shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(".*", "outputs", "results"))
     if not packed:
@@ -143,7 +145,7 @@ def measure(encoder: str, packed: bool, delay_s: float, place: Path) -> dict:
         link = f"127.0.0.1:{port}"
         server = start(
             *("flower-server-app", "app:server", "--insecure", "--superlink", link),
-            *(f"model={encoder}", "output_dir=outputs", *SETTINGS),
+            *(f"model={encoder}", f"wire={wire}", "output_dir=outputs", *SETTINGS),
         )
         if server.wait(1200):
             raise SystemExit(f"the run failed:\n{Path(log.name).read_text()[-3000:]}")
@@ -158,6 +160,7 @@ def measure(encoder: str, packed: bool, delay_s: float, place: Path) -> dict:
     return {
         "encoder": encoder,
         "packed": packed,
+        "wire": wire,
         "delay_ms": delay_s * 1000,
         "requests": sum(n for path, n in requests.items() if not any(i in path for i in idle))
         / count,
@@ -173,24 +176,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--encoders", nargs="+", default=["resnet18", "resnet50"])
     parser.add_argument("--delays-ms", nargs="+", type=float, default=[0, 50])
+    parser.add_argument("--packed-only", action="store_true", help="leave single arrays out")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    cases = [
+        (encoder, packed, "float32", delay_ms)
+        for encoder in given.encoders
+        for delay_ms in given.delays_ms
+        for packed in (False, True)
+        if packed or not given.packed_only
+    ]
+    cases += [(given.encoders[0], True, wire, given.delays_ms[0]) for wire in WIRES[1:]]
     rows = []
     print(
-        f"{'encoder':10}{'arrays':8}{'delay':>8}{'requests':>10}{'down':>10}{'up':>10}{'round':>9}"
+        f"{'encoder':10}{'arrays':8}{'wire':10}{'delay':>6}{'requests':>10}{'down':>8}{'up':>10}"
+        f"{'round':>9}"
     )
-    for encoder in given.encoders:
-        for delay_ms in given.delays_ms:
-            for packed in (False, True):
-                with tempfile.TemporaryDirectory() as folder:
-                    row = measure(encoder, packed, delay_ms / 1000, Path(folder, "project"))
-                rows.append(row)
-                print(
-                    f"{encoder:10}{'packed' if packed else 'apart':8}{delay_ms:5.0f} ms"
-                    f"{row['requests']:10.0f}{row['down_mb']:7.0f} MB{row['up_mb']:7.0f} MB"
-                    f"{row['seconds']:7.1f} s",
-                    flush=True,
-                )
+    for encoder, packed, wire, delay_ms in cases:
+        with tempfile.TemporaryDirectory() as folder:
+            row = measure(encoder, packed, wire, delay_ms / 1000, Path(folder, "project"))
+        rows.append(row)
+        print(
+            f"{encoder:10}{'packed' if packed else 'apart':8}{wire:10}{delay_ms:3.0f} ms"
+            f"{row['requests']:10.0f}{row['down_mb']:5.0f} MB{row['up_mb']:7.1f} MB"
+            f"{row['seconds']:7.1f} s",
+            flush=True,
+        )
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         result = {

@@ -28,6 +28,7 @@ class Machine:
 
     cores: int
     gpus: int
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,18 +38,21 @@ class ClientResources:
     Attributes:
         num_cpus, num_gpus: per client process.
         total_gpus: of all machines, 0 if the clients use none.
+        places: how many client processes each of several machines holds, and its name.
     """
 
     num_cpus: int
     num_gpus: float
     total_gpus: int
     at_a_time: int
+    places: tuple[tuple[int, str], ...] = ()
 
     def __str__(self) -> str:
         clients = f"{self.at_a_time} client{'s' if self.at_a_time > 1 else ''}"
         cores = f"{self.num_cpus} CPU core{'s' if self.num_cpus > 1 else ''}"
         share = f" and {self.num_gpus:g} GPU" if self.num_gpus else ""
-        return f"{clients} at a time, each on {cores}{share}"
+        where = ", ".join(f"{count} on {name}" for count, name in self.places)
+        return f"{clients} at a time, each on {cores}{share}" + (f":\n{where}" if where else "")
 
 
 def find_machines(ray_address: str | None) -> list[Machine]:
@@ -68,9 +72,12 @@ def find_machines(ray_address: str | None) -> list[Machine]:
 
     if not ray.is_initialized():
         _join_cluster(ray_address)
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    machines = [Machine(int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in alive]
-    return [machine for machine in machines if machine.cores]
+    machines = []
+    for node in ray.nodes():
+        has = node["Resources"]
+        if node["Alive"] and (cores := int(has.get("CPU", 0))):
+            machines.append(Machine(cores, int(has.get("GPU", 0)), node["NodeManagerHostname"]))
+    return machines
 
 
 def _check_loopback() -> None:
@@ -167,7 +174,9 @@ def plan_resources(
             num_cpus = _share_cores(num_clients, slots, cores, all_cores)
     at_a_time = min(slots, _count_slots(machines, num_cpus, num_gpus))
     total_gpus = sum(m.gpus for m in machines) if num_gpus else 0
-    return ClientResources(num_cpus, num_gpus, total_gpus, at_a_time)
+    fitting = tuple((_fits(machine, num_cpus, num_gpus), machine.name) for machine in machines)
+    places = fitting if len(machines) > 1 else ()
+    return ClientResources(num_cpus, num_gpus, total_gpus, at_a_time, places)
 
 
 def _share_cores(num_clients: int, slots: int, cores: int, all_cores: int) -> int:
@@ -185,10 +194,10 @@ def _share_cores(num_clients: int, slots: int, cores: int, all_cores: int) -> in
 
 
 def _count_slots(machines: Sequence[Machine], num_cpus: int, num_gpus: float) -> int:
-    """Count the client processes that fit on all machines."""
+    """Count the client processes that fit on all machines, at least one."""
+    return max(1, sum(_fits(machine, num_cpus, num_gpus) for machine in machines))
 
-    def fits(machine: Machine) -> int:
-        by_cores = machine.cores // num_cpus
-        return min(by_cores, int(machine.gpus / num_gpus)) if num_gpus else by_cores
 
-    return max(1, sum(fits(machine) for machine in machines))
+def _fits(machine: Machine, num_cpus: int, num_gpus: float) -> int:
+    by_cores = machine.cores // num_cpus
+    return min(by_cores, int(machine.gpus / num_gpus)) if num_gpus else by_cores

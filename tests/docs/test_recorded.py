@@ -153,14 +153,8 @@ def test_the_gains_are_recorded_trials(title, count):
 def test_the_cost_of_what_travels_is_the_recorded_one():
     wire, text = recorded("wire.json"), read("docs/federation.md")
     assert re.fullmatch(r"[0-9a-f]{40}", wire["measured"]["commit"])
-    assert len(wire["rows"]) == 8
-    for row in wire["rows"]:
-        kind = "one array" if row["packed"] else "each on its own"
-        line = (
-            f"| {row['encoder']} | {kind} | {row['delay_ms']:.0f} ms | {row['requests']:.0f} "
-            f"| {row['down_mb']:.0f} MB | {row['up_mb']:.0f} MB | {row['seconds']:.0f} s |"
-        )
-        assert line in text, line
+    assert len(wire["rows"]) >= 8
+    assert "<!-- wire -->" in text  # tests/benchmarks/test_tables.py compares the table
 
 
 def test_the_time_of_the_four_commands_is_the_recorded_one():
@@ -192,13 +186,7 @@ def test_every_attack_was_refused():
 def test_the_speeds_are_the_recorded_ones():
     speed, text = recorded("speed.json"), read("docs/performance.md")
     assert len(speed["rows"]) == 6
-    for row in speed["rows"]:
-        speeds = " | ".join(f"{row['images_per_second'][k]:.0f}" for k in ("ours", "bare", "usual"))
-        line = (
-            f"| {row['encoder']} | {row['stem']} | {row['batch']} | {speeds} "
-            f"| {row['of_bare']:.2f} | {row['over_usual']:.1f} |"
-        )
-        assert line in text, line
+    assert "<!-- speed -->" in text  # tests/benchmarks/test_tables.py compares the table
     for milliseconds in speed["augmentation"]["milliseconds"].values():
         assert f"{milliseconds:.0f} ms" in text
 

@@ -58,6 +58,16 @@ def test_no_client_spans_two_machines(asked, expected):
     assert (plan.num_cpus, plan.num_gpus, plan.at_a_time) == expected
 
 
+def test_the_share_of_each_machine_of_a_cluster_is_told():
+    machines = [Machine(8, 1, "alpha"), Machine(4, 0, "beta"), Machine(4, 1, "gamma")]
+    assert str(plan_resources(100, None, 0, machines)) == (
+        "16 clients at a time, each on 1 CPU core:\n8 on alpha, 4 on beta, 4 on gamma"
+    )
+    shared = str(plan_resources(100, 1, 0.5, machines))
+    assert shared.endswith("1 CPU core and 0.5 GPU:\n2 on alpha, 0 on beta, 2 on gamma")
+    assert "on " not in str(plan_resources(5, None, 0, machines[:1])).partition("each on")[2]
+
+
 @pytest.mark.parametrize(
     ("clients", "fraction", "expected"), [(5, 1.0, 5), (5, 0.4, 2), (5, 0.1, 1), (1000, 0.01, 10)]
 )
