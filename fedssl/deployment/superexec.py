@@ -29,14 +29,8 @@ COMMAND = TASK_TYPE_TO_COMMAND[TaskType.CLIENT_APP]
 
 
 def main() -> None:
-    """Run Flower's command with the fork server beside it.
-
-    The main module is to be no file: a fork would import it, and with it this project.
-    """
-    sys.path = [folder for folder in sys.path if folder]  # a fork finds no module of this project
-    multiprocessing.set_start_method("forkserver")
-    multiprocessing.set_forkserver_preload(PRELOADED)
-    forkserver.ensure_running()
+    """Run Flower's command with the fork server beside it."""
+    start_fork_server()
     plain = subprocess_executor.subprocess
 
     def start(command: Sequence[str], **rest: Any) -> object:
@@ -45,6 +39,17 @@ def main() -> None:
     changed = SimpleNamespace(Popen=start, DEVNULL=plain.DEVNULL)
     subprocess_executor.subprocess = changed  # type: ignore[assignment]
     flower_superexec()
+
+
+def start_fork_server() -> None:
+    """Start the fork server, which imports PyTorch and Flower meanwhile.
+
+    The main module is to be no file: a fork would import it, and with it this project.
+    """
+    sys.path = [folder for folder in sys.path if folder]  # a fork finds no module of this project
+    multiprocessing.set_start_method("forkserver")
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    forkserver.ensure_running()
 
 
 def fork(command: Sequence[str]) -> multiprocessing.Process:

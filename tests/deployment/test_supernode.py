@@ -2,7 +2,10 @@
 
 import hashlib
 import inspect
+import os
 import ssl
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,10 +17,12 @@ from flwr.common.constant import ErrorCode
 from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
 from flwr.supercore.run import Run
+from flwr.supercore.superexec.executor import subprocess_executor
+from flwr.supercore.superexec.executor.types import ExecutionSpec
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode import fleet_http_connection, start_client_internal
 
-from fedssl.deployment import supernode
+from fedssl.deployment import superexec, supernode
 from fedssl.deployment.bundle import digest_of
 from fedssl.deployment.certificates import make_certificates
 from fedssl.deployment.supernode import ForeignRun, check_bundle, present_certificate, pull_eagerly
@@ -152,3 +157,59 @@ def test_flowers_client_presents_the_certificate(tmp_path, monkeypatch):
     assert "FleetHttpClient.from_server_address(" in inspect.getsource(
         fleet_http_connection.http_request_response
     )
+
+
+def run_in_a_forks_parent(code):
+    """Run code in a process as the superexec's is; give what it and its forks print."""
+    begin = "from fedssl.deployment.superexec import *; start_fork_server(); "
+    given = [sys.executable, "-c", begin + code]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(given, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_a_message_begins_in_a_fork_that_has_pytorch_and_no_module_of_an_app():
+    told = "import sys; print([name in sys.modules for name in ('torch', 'torchvision', "
+    told += "'hydra', 'flwr', 'fedssl', 'client', 'utils')])"
+    done = run_in_a_forks_parent(f"p = multiprocessing.Process(target=exec, args=({told!r},)); "
+                                 "p.start(); p.join()")  # fmt: skip
+    assert done.stdout.split("\n")[0] == str([True] * 4 + [False] * 3), done.stderr
+
+
+def test_a_fork_runs_flowers_command_with_its_arguments():
+    done = run_in_a_forks_parent("fork(['flwr-clientapp', '--help']).join()")
+    assert "usage: flwr-clientapp" in done.stdout, done.stderr
+
+
+def test_flower_has_the_places_where_forks_come_in(monkeypatch):
+    """Its SuperNode starts a superexec, and that a process for a ClientApp, each by Popen."""
+    started = []
+    monkeypatch.setattr(start_client_internal, "subprocess", subprocess)
+    plain = SimpleNamespace(Popen=started.append)
+    monkeypatch.setattr(supernode, "subprocess", plain)
+    supernode.fork_for_messages()
+    start_client_internal.subprocess.Popen(["flower-superexec", "--insecure"])
+    assert started == [
+        [sys.executable, "-c", "from fedssl.deployment.superexec import main; main()", "--insecure"]
+    ]
+    source = inspect.getsource(start_client_internal.start_client_internal)
+    assert 'command = ["flower-superexec"]' in source
+    assert "subprocess.Popen(command)" in source
+
+    monkeypatch.setattr(
+        subprocess_executor, "subprocess", SimpleNamespace(Popen=started.append, DEVNULL=-3)
+    )
+    spec = ExecutionSpec(
+        task_type=TaskType.CLIENT_APP,
+        runtime_api_address="127.0.0.1:1",
+        token="secret",
+        insecure=True,
+        root_certificates_path=None,
+        runtime_dependency_install=False,
+        parent_pid=7,
+        suppress_output=False,
+        task_id=1,
+        fab_hash=None,
+    )
+    subprocess_executor.SubprocessExecutor().launch(spec)
+    assert started[-1][0] == superexec.COMMAND
+    assert "--parent-pid" in started[-1]
