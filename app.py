@@ -127,10 +127,12 @@ client2 = make_client_app(lambda context: identify(context, "client2"))
 @server.main()
 def main(grid: Grid, context: Context) -> None:
     """Train all rounds and leave the same run directory as main.py."""
-    # Imported here: on SuperNodes every message starts a process that imports this module.
+    # Imported here: on SuperNodes every message begins with an import of this module.
+    from fedssl.pulling import pull_soon
     from fedssl.reporting.log import log_round
 
     os.umask(PRIVATE)
+    pull_soon()
     config = read_config(config_text(context))
     membership = open_membership(config)
     if config.run is not None:

@@ -17,7 +17,8 @@ from typing import Any
 from flwr.supercore.cli import flower_superexec
 from flwr.supercore.constant import TASK_TYPE_TO_COMMAND, TaskType
 from flwr.supercore.superexec.executor import subprocess_executor
-from flwr.supernode.cli import flwr_clientapp
+
+from fedssl.pulling import FIRST_PAUSE_S, PAUSE, PULLS
 
 # What apps of this project import from elsewhere; it takes seconds, once.
 PRELOADED = [
@@ -25,6 +26,14 @@ PRELOADED = [
     *("hydra", "omegaconf", "pydantic", "cryptography.hazmat.primitives.asymmetric.ec"),
     *("flwr.supernode.cli", "flwr.clientapp.mod", "flwr.serverapp.strategy"),
 ]
+IN_A_FORK = f"""
+from flwr.supercore.inflatable import inflatable_utils
+from flwr.supernode.cli import flwr_clientapp
+
+for name in {PULLS}:
+    getattr(inflatable_utils, name).__kwdefaults__[{PAUSE!r}] = {FIRST_PAUSE_S}
+flwr_clientapp()
+"""
 COMMAND = TASK_TYPE_TO_COMMAND[TaskType.CLIENT_APP]
 
 
@@ -60,6 +69,6 @@ def fork(command: Sequence[str]) -> multiprocessing.Process:
     """
     multiprocessing.active_children()  # takes leave of those that have ended
     sys.argv = list(command)  # what the fork's will be
-    process = multiprocessing.Process(target=flwr_clientapp)
+    process = multiprocessing.Process(target=exec, args=(IN_A_FORK,))
     process.start()
     return process

@@ -3,7 +3,7 @@
     python -m fedssl.deployment.supernode [--only-bundle SHA256] [--certificate FILE]
         [--parent-pid PID] ARGUMENTS OF flower-supernode
 
-Four things of Flower are replaced, each in one function below, and each says why.
+Five things of Flower are replaced, each in one function that says why.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from flwr.supernode.cli.flower_supernode import flower_supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from fedssl.deployment.bundle import BadBundle, digest_of, names_of
+from fedssl.pulling import pull_soon
 
 SUPEREXEC = "fedssl.deployment.superexec"
 POLL_EVERY_S = 0.5
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         end_with(given.parent_pid)
     pull_eagerly(given.only_bundle)
     fork_for_messages()
+    pull_soon()
     if given.certificate:
         present_certificate(given.certificate)
     sys.argv = ["flower-supernode", *theirs]

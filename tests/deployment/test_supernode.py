@@ -6,6 +6,7 @@ import os
 import ssl
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,8 +15,10 @@ from conftest import ROOT
 from flwr.app import Message, RecordDict
 from flwr.cli.build import build_fab_from_disk
 from flwr.common.constant import ErrorCode
-from flwr.supercore.constant import TaskType
+from flwr.supercore.constant import PULL_INITIAL_BACKOFF, TaskType
 from flwr.supercore.fab import Fab
+from flwr.supercore.inflatable import inflatable_utils
+from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
 from flwr.supercore.run import Run
 from flwr.supercore.superexec.executor import subprocess_executor
 from flwr.supercore.superexec.executor.types import ExecutionSpec
@@ -26,6 +29,7 @@ from fedssl.deployment import superexec, supernode
 from fedssl.deployment.bundle import digest_of
 from fedssl.deployment.certificates import make_certificates
 from fedssl.deployment.supernode import ForeignRun, check_bundle, present_certificate, pull_eagerly
+from fedssl.pulling import PAUSE, PULLS, pull_soon
 
 NAME, VERSION = "federated-simclr/federated-simclr", "1.1.0"
 
@@ -213,3 +217,21 @@ def test_flower_has_the_places_where_forks_come_in(monkeypatch):
     subprocess_executor.SubprocessExecutor().launch(spec)
     assert started[-1][0] == superexec.COMMAND
     assert "--parent-pid" in started[-1]
+
+
+def test_who_asks_for_a_part_too_early_asks_again_soon(monkeypatch):
+    defaults = {name: getattr(inflatable_utils, name).__kwdefaults__ for name in PULLS}
+    for each in defaults.values():
+        assert each[PAUSE] == PULL_INITIAL_BACKOFF == 1
+        monkeypatch.setitem(each, PAUSE, 1)
+    asked = []
+
+    def pull(part):
+        asked.append(time.monotonic())
+        if len(asked) < 4:
+            raise ObjectUnavailableError(part)
+        return b"content"
+
+    pull_soon()
+    assert inflatable_utils.pull_objects(["part"], pull) == {"part": b"content"}
+    assert asked[-1] - asked[0] < 0.9  # 0.05, 0.1 and 0.2 s, a fifth more or less
