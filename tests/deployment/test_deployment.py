@@ -77,7 +77,7 @@ def test_a_node_that_dies_is_left_out_and_taken_back(place):
     )
     overrides = [*TINY, "round_timeout_s=180", "min_nodes=1", "num_clients=2", "num_rounds=3"]
     overrides += [f"output_dir={place.outputs}", f"cache_dir={place.folder}/cache"]
-    overrides += ["method=byol", "receive=fedema"]
+    overrides += ["method=byol", "receive=fedema", "wire=int4"]
     run_config = f'hydra-overrides="{" ".join(overrides)}"'
     place.start("server", "flwr", "run", ".", "two-sites", "--stream", "--run-config", run_config)
     place.wait_for("server", "configure_train", 240)
@@ -90,10 +90,13 @@ def test_a_node_that_dies_is_left_out_and_taken_back(place):
     assert place.end("server", 700) == 0, place.all_logs()
     kept = list((place.folder / "cache" / "clients").glob("*/partition-*/round-*"))
     assert len({file.parent for file in kept}) == 2  # of one run, each node's own
+    left = list((place.folder / "cache" / "clients").glob("*/partition-*/left/round-*"))
+    assert len({file.parent for file in left}) == 2
     first, *_, last = place.rounds()
     (failure,) = first["failures"]
     assert (failure["partition"], failure["reason"]) == (1, GONE)
     assert [client["partition"] for client in first["clients"]] == [0]
+    assert first["bytes_up"] < 6e6  # of 46 MB
     assert 1 in [client["partition"] for client in last["clients"]]
     assert 1 not in [failure["partition"] for failure in last["failures"]]
 
