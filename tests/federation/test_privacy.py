@@ -197,6 +197,13 @@ def test_what_would_go_past_the_noise_is_refused(override, line):
     assert "\n" not in str(refused.value)
 
 
+def test_clients_that_clip_do_not_round_afterwards():
+    given = ["privacy=central", "wire=int4"]
+    assert load_config("config", given).wire == "int4"  # the server clips what it decoded
+    with pytest.raises(UserError, match=r"wire=int4: privacy\.clipping=client needs wire=float32"):
+        load_config("config", [*given, "privacy.clipping=client"])
+
+
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [

@@ -372,6 +372,7 @@ def test_signatures_tell_keys_of_nodes_from_those_of_others(tmp_path):
         ("max_update_ratio=3", "secagg.max_ratio"),
         ("train.statistics=recomputed", "would travel without a mask"),
         ("privacy=central", "needs privacy.mechanism=none"),
+        ("wire=int8", "needs wire=float32; masks need every bit of the sum"),
         ("secagg.threshold=0.2", "at least 0.5"),
     ],
 )
