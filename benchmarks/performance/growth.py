@@ -12,6 +12,7 @@ which still is on one machine alone.
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -77,11 +78,19 @@ class Point:
 
 
 def simulate(path: str, *overrides: str) -> list[dict[str, Any]]:
-    """Run main.py and give the numbers of its rounds."""
+    """Run main.py up to the encoder, and give the numbers of its rounds."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["main.py", *SMALL, f"dataset.path={path}", f"output_dir={folder}", *overrides]
-        subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        return [json.loads(text) for text in Path(folder, "latest", "metrics.jsonl").open()]
+        run = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL)
+        latest = Path(folder, "latest")
+        while run.poll() is None and not (latest / "encoder.safetensors").exists():
+            time.sleep(0.5)
+        if run.poll():
+            raise SystemExit(f"the run failed with status {run.returncode}: {overrides}")
+        rows = [json.loads(text) for text in (latest / "metrics.jsonl").open()]
+        run.send_signal(signal.SIGINT)  # without the evaluation
+        run.wait()
+        return rows
 
 
 def apart_of(row: dict[str, Any], cores: int) -> float:
