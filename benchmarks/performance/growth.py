@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from torch import nn
 
 from fedssl.compute import choose_backend, count_cores
@@ -221,6 +222,8 @@ def draw(name: str, points: Sequence[Point], cores: int, file: Path) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xticks(amounts, [f"{amount:,.0f}" for amount in amounts])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda seconds, place: f"{seconds:g}")
     axes.minorticks_off()
     axes.set_xlabel(TITLES[name])
     what = "a step" if name in ("size", "model") else "all" if name == "rounds" else "a round"
