@@ -1,6 +1,6 @@
 """What many clients cost: start, rounds and memory over their number, with ten in each round.
 
-    python -m benchmarks.performance.scale --path cifar10-parquet --out results/scale.json
+    python -m benchmarks.performance.scale --path cifar10-parquet --out results/clients.json
 
 Every client that takes part trains one step, of as many images with 10 clients as with
 10,000, who have five each. The last run is on a Ray cluster of two nodes on this machine.

@@ -42,8 +42,7 @@ def speed_table() -> list[str]:
 
 def scale_table() -> list[str]:
     """Tabulate start, rounds and memory over the number of clients."""
-    record = read("scale.json")
-    if "rows" not in record:
+    if (record := read("clients.json")) is None:
         return ["Not recorded yet."]
     names = ("start", "a round beside its training", "memory at first", "in the last round")
     lines = head("clients", "Ray nodes", *names)
