@@ -245,18 +245,9 @@ def make_client_app(
         load: gives what the client works with.
     """
     app = ClientApp(mods=[explain_errors(identify), packed_transport])
+    around = [round_if_asked(identify, load), mask_if_asked(identify), clip_if_asked, *mods]
     for register, answer in (
-        (
-            app.train(
-                mods=[
-                    round_if_asked(identify, load),
-                    mask_if_asked(identify),
-                    clip_if_asked,
-                    *mods,
-                ]
-            ),
-            train_reply,
-        ),
+        (app.train(mods=around), train_reply),
         (app.evaluate(), evaluate_reply),
         (app.query(), query_reply),
         (app.query(ACTION), statistics_reply),
@@ -274,7 +265,8 @@ def round_if_asked(identify: Identify, load: Load) -> Mod:
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         client = identify(context)
-        if (wire := wire_of(client.config_text)) == "float32":
+        wire: Wire = settings_of(client.config_text).wire
+        if wire == "float32":
             return call_next(message, context)
         start = read_array_record(message.content)
         reply = call_next(message, context)
@@ -290,19 +282,13 @@ def round_if_asked(identify: Identify, load: Load) -> Mod:
     return mod
 
 
-@functools.lru_cache(maxsize=1)
-def wire_of(config_text: str) -> Wire:
-    """Tell how a run's updates are rounded on their way."""
-    return str(read_config(config_text).wire)  # type: ignore[return-value]
-
-
 def mask_if_asked(identify: Identify) -> Mod:
     """Make the mod that masks an update where the run's settings say so, the last of the mods."""
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         if is_masked(message):
             return mask_update(message, context, call_next)
-        if hides_updates(identify(context).config_text):
+        if settings_of(identify(context).config_text).secure_aggregation:
             raise ValueError("the server asks for an update without a mask")
         return call_next(message, context)
 
@@ -310,9 +296,9 @@ def mask_if_asked(identify: Identify) -> Mod:
 
 
 @functools.lru_cache(maxsize=1)
-def hides_updates(config_text: str) -> bool:
-    """Tell whether a run's updates are to be masked."""
-    return bool(read_config(config_text).secure_aggregation)
+def settings_of(config_text: str) -> DictConfig:
+    """Read a run's configuration once per process; nobody changes it."""
+    return read_config(config_text)
 
 
 def clip_if_asked(message: Message, context: Context, call_next: ClientAppCallable) -> Message:

@@ -72,10 +72,9 @@ class Point:
     apart: float
     clients: int
 
-    def estimate(self, cores: int) -> float:
+    def estimate(self) -> float:
         """Give the seconds with ten machines, on each of which a client takes all cores."""
-        shared = min(MACHINES * cores, self.clients * cores) / min(cores, self.clients * cores)
-        return self.apart + (self.seconds - self.apart) / shared
+        return self.apart + (self.seconds - self.apart) / min(MACHINES, self.clients)
 
 
 def simulate(path: str, *overrides: str) -> list[dict[str, Any]]:
@@ -207,7 +206,7 @@ def exponent_of(points: Sequence[Point]) -> tuple[float, float]:
     return float(exponent), float(np.exp(logarithm))
 
 
-def draw(name: str, points: Sequence[Point], cores: int, file: Path) -> None:
+def draw(name: str, points: Sequence[Point], file: Path) -> None:
     """Draw the points, the law, and the estimate for ten machines where they would help."""
     figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
     axes = figure.subplots()
@@ -216,7 +215,7 @@ def draw(name: str, points: Sequence[Point], cores: int, file: Path) -> None:
     axes.plot(amounts, [p.seconds for p in points], "o", color=BLUE, label="measured")
     law = f"amount to the power of {exponent:.2f}"
     axes.plot(amounts, factor * amounts**exponent, "-", color=BLUE, linewidth=1, label=law)
-    guessed = [point.estimate(cores) for point in points]
+    guessed = [point.estimate() for point in points]
     if any(g < 0.99 * p.seconds for g, p in zip(guessed, points, strict=True)):
         axes.plot(amounts, guessed, "--", color=ORANGE, label="ten machines: an estimate")
     axes.set_xscale("log")
@@ -237,7 +236,7 @@ def draw_all(record: dict[str, Any]) -> None:
     """Draw every picture of a record."""
     for name, rows in record["points"].items():
         file = ROOT / "images" / f"cost_{name}.png"
-        draw(name, [Point(**row) for row in rows], record["cores"], file)
+        draw(name, [Point(**row) for row in rows], file)
 
 
 def main() -> None:

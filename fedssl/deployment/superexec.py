@@ -7,6 +7,7 @@ the time of a short round. Here the standard library's fork server has imported 
 imports nothing of an app, so that every message still runs the code of its own bundle.
 """
 
+import inspect
 import multiprocessing
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from flwr.supercore.cli import flower_superexec
 from flwr.supercore.constant import TASK_TYPE_TO_COMMAND, TaskType
 from flwr.supercore.superexec.executor import subprocess_executor
 
-from fedssl.pulling import FIRST_PAUSE_S, PAUSE, PULLS
+from fedssl import pulling
 
 # What apps of this project import from elsewhere; it takes seconds, once.
 PRELOADED = [
@@ -26,12 +27,12 @@ PRELOADED = [
     *("hydra", "omegaconf", "pydantic", "cryptography.hazmat.primitives.asymmetric.ec"),
     *("flwr.supernode.cli", "flwr.clientapp.mod", "flwr.serverapp.strategy"),
 ]
-IN_A_FORK = f"""
-from flwr.supercore.inflatable import inflatable_utils
+# As text, since a fork imports nothing of this project.
+IN_A_FORK = f"""{inspect.getsource(pulling)}
+pull_soon()
+
 from flwr.supernode.cli import flwr_clientapp
 
-for name in {PULLS}:
-    getattr(inflatable_utils, name).__kwdefaults__[{PAUSE!r}] = {FIRST_PAUSE_S}
 flwr_clientapp()
 """
 COMMAND = TASK_TYPE_TO_COMMAND[TaskType.CLIENT_APP]
@@ -69,6 +70,6 @@ def fork(command: Sequence[str]) -> multiprocessing.Process:
     """
     multiprocessing.active_children()  # takes leave of those that have ended
     sys.argv = list(command)  # what the fork's will be
-    process = multiprocessing.Process(target=exec, args=(IN_A_FORK,))
+    process = multiprocessing.Process(target=exec, args=(IN_A_FORK, {}))
     process.start()
     return process

@@ -37,6 +37,10 @@ def is_rounded(tensor: Tensor) -> bool:
 def encode(state: State, wire: Wire) -> dict[str, Tensor]:
     """Round a state: whole numbers with a step for each row, or bfloat16.
 
+    Returns:
+        An array of shape (R, ...) as int8 of that shape, and its steps as float32 (R,) by the
+        name with STEP before it; or as bfloat16. Vectors and counters as they are.
+
     Raises:
         FloatingPointError: a number is not finite.
     """
@@ -51,12 +55,10 @@ def encode(state: State, wire: Wire) -> dict[str, Tensor]:
             coded[name] = value.bfloat16()
             continue
         rows = value.flatten(1)
-        largest = LARGEST_8 if wire == "int8" else LARGEST_4
-        step = (
-            rows.abs().amax(1) / LARGEST_8
-            if wire == "int8"
-            else rows.square().mean(1).sqrt() * STEP_4
-        )
+        if wire == "int8":
+            largest, step = LARGEST_8, rows.abs().amax(1) / LARGEST_8
+        else:
+            largest, step = LARGEST_4, rows.square().mean(1).sqrt() * STEP_4
         numbers = (rows / step.clamp(min=torch.finfo(step.dtype).tiny)[:, None]).round()
         coded[name] = numbers.clamp(-largest, largest).to(torch.int8).reshape(value.shape)
         coded[f"{STEP}{name}"] = step

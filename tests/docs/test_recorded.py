@@ -2,6 +2,7 @@
 
 import json
 import re
+from statistics import median
 
 import pytest
 from conftest import ROOT
@@ -9,6 +10,7 @@ from docs.pages import README, read
 from omegaconf import OmegaConf
 
 from benchmarks.accuracy import tables
+from benchmarks.performance import growth
 from fedssl.reporting import console
 from fedssl.runs.directory import RunDirectory
 from fedssl.runs.metrics import RoundMetrics
@@ -151,10 +153,11 @@ def test_the_gains_are_recorded_trials(title, count):
 
 
 def test_the_cost_of_what_travels_is_the_recorded_one():
-    wire, text = recorded("wire.json"), read("docs/federation.md")
-    assert re.fullmatch(r"[0-9a-f]{40}", wire["measured"]["commit"])
-    assert len(wire["rows"]) >= 7
-    assert "<!-- wire -->" in text  # tests/benchmarks/test_tables.py compares the table
+    """The table is compared with the records above."""
+    for name, count in (("wire.json", 7), ("wire_apart.json", 4)):
+        wire = recorded(name)
+        assert re.fullmatch(r"[0-9a-f]{40}", wire["measured"]["commit"])
+        assert len(wire["rows"]) == count
 
 
 def test_the_time_of_the_four_commands_is_the_recorded_one():
@@ -167,10 +170,26 @@ def test_the_time_of_the_four_commands_is_the_recorded_one():
     assert federated["eval_loss"] == pytest.approx(simulated["eval_loss"], rel=1e-6)
     assert f"took {federated['wall_s']:.0f} s on two cores" in text
     assert f"{simulated['wall_s']:.0f} s: {measured['ratio']:.1f} times as long" in text
+    messages, training = federated["train_message_s"], zip(*federated["training_s"], strict=True)
+    beside = [
+        m - t for both in zip(messages, training, strict=True) for m, t in zip(*both, strict=True)
+    ]
+    assert f"{median(beside):.0f} s beside the training" in text
     start = federated["start_s"]
     signs = ("run submitted", "ServerApp loaded, images open", "first messages sent")
     cells = [f"{start[name]:.1f}" for name in (*signs, "first round done")]
     assert f"| {' | '.join(cells)} |" in text
+
+
+def test_the_exponents_of_growth_are_those_of_the_recorded_points():
+    record = recorded("growth.json")
+    assert re.fullmatch(r"[0-9a-f]{40}", record["measured"]["commit"])
+    for name, rows in record["points"].items():
+        points = [growth.Point(**row) for row in rows]
+        assert growth.exponent_of(points)[0] == pytest.approx(record["exponents"][name], abs=1e-3)
+        assert len(points) == 5
+        assert (ROOT / "images" / f"cost_{name}.png").is_file()
+        assert f"../images/cost_{name}.png" in read("docs/performance.md")
 
 
 def test_every_attack_was_refused():
@@ -186,7 +205,6 @@ def test_every_attack_was_refused():
 def test_the_speeds_are_the_recorded_ones():
     speed, text = recorded("speed.json"), read("docs/performance.md")
     assert len(speed["rows"]) == 6
-    assert "<!-- speed -->" in text  # tests/benchmarks/test_tables.py compares the table
     for milliseconds in speed["augmentation"]["milliseconds"].values():
         assert f"{milliseconds:.0f} ms" in text
 
