@@ -4,12 +4,12 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Event, current_thread, main_thread
 from typing import Any
 
-from flwr.app import Context
+from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.server.superlink.fleet.vce import vce_api
 from flwr.serverapp import Grid, ServerApp
@@ -49,12 +49,26 @@ def simulate(
         def main(grid: Grid, context: Context) -> None:
             while len(partition_of) < num_clients and not stop.wait(LOOK_EVERY_S):
                 pass
+            _start_clients(grid, list(partition_of)[: resources.at_a_time], stop)
             serve(grid, stop, partition_of)
 
         try:
             run_simulation(server, clients, num_clients, "ray", backend)
         finally:
             stop.set()
+
+
+def _start_clients(grid: Grid, nodes: Sequence[int], stop: Event) -> None:
+    """Let every process open its images, whose time would count for the first round.
+
+    Args:
+        nodes: as many as there are processes.
+        stop: see `simulate`.
+    """
+    messages = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
+    waiting = set(grid.push_messages(messages))
+    while waiting and not stop.wait(LOOK_EVERY_S):
+        waiting -= {r.metadata.reply_to_message_id for r in grid.pull_messages(waiting)}
 
 
 @contextmanager

@@ -3,10 +3,14 @@
 import pytest
 from conftest import create_run
 from federation.shuffled import FAST, ShuffledGrid
+from flwr.supercore.task_identity import TaskIdentity
 
 from fedssl.config.compose import load_config
 from fedssl.federation.nodes import Nodes, no_op
 from utils import build_federation, build_patience
+
+# Flower sets these before it runs an app; a message can't be made without them.
+TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
-from flwr.supercore.task_identity import TaskIdentity
 from samples import make_simclr
 
 from fedssl.federation.messages import (
@@ -27,8 +26,6 @@ from fedssl.federation.messages import (
 )
 from fedssl.networks.state import load_state
 
-# Flower sets these before it runs an app; a message can't be made without them.
-TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
 STATE = {"z": torch.tensor([1.5]), "count": torch.tensor(2**40 + 1), "a": torch.eye(2)}
 
 

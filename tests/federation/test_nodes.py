@@ -11,7 +11,6 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, Re
 from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedssl.config.roster import Member
 from fedssl.federation import membership, messages, nodes
@@ -19,9 +18,6 @@ from fedssl.federation.membership import Membership, Patience
 from fedssl.federation.messages import explain, is_packed, pack_arrays
 from fedssl.federation.nodes import Nodes, no_op
 from fedssl.runs.metrics import NodeEvent
-
-# Flower sets these before it runs an app; a message can't be made without them.
-TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
 
 
 class Grid:

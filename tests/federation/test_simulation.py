@@ -9,6 +9,8 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -127,3 +129,31 @@ def test_sigterm_ends_a_run_as_ctrl_c_does(tmp_path, cache_dir, deaf):
     assert kills.await_end(mark) == 0
     lines = (run / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["round"] == len(lines)
+
+
+class SlowGrid:
+    """Two nodes, of which one answers at the third look and the other never."""
+
+    looks = 0
+
+    def push_messages(self, messages):
+        self.asked = [(m.metadata.dst_node_id, m.metadata.message_type) for m in messages]
+        return ["first", "second"]
+
+    def pull_messages(self, message_ids):
+        self.looks += 1
+        metadata = SimpleNamespace(reply_to_message_id="first")
+        return [SimpleNamespace(metadata=metadata)] if self.looks == 3 else []
+
+
+def test_every_process_begins_before_the_first_round_unless_all_are_gone():
+    grid, looks = SlowGrid(), []
+
+    class Gone(Event):
+        def wait(self, timeout=None):
+            looks.append(timeout)
+            return len(looks) > 5  # the clients are gone
+
+    simulation._start_clients(grid, [7, 9], Gone())
+    assert grid.asked == [(7, "query"), (9, "query")]
+    assert grid.looks == 5

@@ -5,7 +5,6 @@ import re
 import pytest
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 from samples import make_encoder, make_simclr
 
 from fedssl.federation.messages import BUFFERS, write_tensors
@@ -18,7 +17,6 @@ from fedssl.federation.statistics import (
 )
 from fedssl.networks.state import load_state
 
-TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
 METHOD = make_simclr(encoder=make_encoder(stem="imagenet"))
 EXPECTED = expected_moments(METHOD)
 FIRST = "views.encoder.bn1"
