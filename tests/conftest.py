@@ -12,6 +12,10 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # tests share few cores: waiting must cost none
 os.environ.setdefault("RAY_worker_niceness", "0")  # else clients starve beside other tests
+os.environ.setdefault(  # more threads than cores stand in each other's way
+    "OMP_NUM_THREADS",
+    str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))),
+)
 
 import numpy as np
 import pytest
@@ -26,9 +30,7 @@ from utils import build_method, open_source, plain
 
 CIFAR10 = Path(os.environ.get("CIFAR10_DIR", ROOT.parent / "shared" / "data" / "cifar10"))
 CPU = torch.device("cpu")
-
-WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
+THREADS = int(os.environ["OMP_NUM_THREADS"])
 
 LONGEST = ("test_deployment", "test_labels", "test_main", "test_rounds", "test_page", "test_resume")
 LONGEST += ("test_door", "test_faults", "test_processes", "test_walkthrough")
@@ -107,6 +109,12 @@ def screen(text):
 def create_run(path, config, overrides=()):
     """Start a run's directory as main.py does."""
     return RunDirectory.create(path, plain(config), config.output_dir, overrides)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """Share the cores among the workers of pytest, whatever a client of the last test took."""
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ def federate(config, digits, tmp_path):
         on_progress=no_op,
         names=(),
     ):
-        given = [f"cache_dir={config.cache_dir}", "num_clients=3", "num_rounds=2", "num_cpus=2"]
+        given = [f"cache_dir={config.cache_dir}", "num_clients=3", "num_rounds=2", "num_cpus=1"]
         given += ["train.max_steps=1", "train.local_epochs=1", "precision=float32", FAST]
         changed = load_config("config", [*given, f"output_dir={tmp_path}", *overrides])
         directory = create_run(tmp_path / f"run{len(list(tmp_path.iterdir()))}", changed)

@@ -61,7 +61,7 @@ def federate(config, digits, tmp_path):
     """Train, perhaps from another run's first checkpoint, with what its clients kept."""
 
     def run(*overrides, loses_context=False, earlier=None, files=True):
-        given = [f"cache_dir={config.cache_dir}", "num_clients=2", "num_rounds=2", "num_cpus=2"]
+        given = [f"cache_dir={config.cache_dir}", "num_clients=2", "num_rounds=2", "num_cpus=1"]
         given += ["train.max_steps=1", "train.local_epochs=1", "precision=float32"]
         given += ["monitor.bank=50", "monitor.queries=20", "train.batch_size=32"]
         given += ["model.stem=imagenet", f"output_dir={tmp_path}", *overrides]
