@@ -555,15 +555,13 @@ def open_keeping(
 def open_left(
     client: ClientConfig, state: ClientState, message: Message, context: Context
 ) -> Keeping:
-    """Find what rounding has left of a client's updates: in its files, else in its context.
+    """Find what rounding has left of a client's updates.
 
     Raises:
         ValueError: as of `own_place`.
     """
     own = own_place(client, state, message)
-    if own is None:
-        return Keeping(context, None, state.keep_rounds, LEFT)
-    return Keeping(None, own / LEFT, state.keep_rounds)
+    return Keeping(context, own and own / LEFT, state.keep_rounds, LEFT)
 
 
 def own_place(client: ClientConfig, state: ClientState, message: Message) -> Path | None:

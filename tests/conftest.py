@@ -12,9 +12,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # tests share few cores: waiting must cost none
 os.environ.setdefault("RAY_worker_niceness", "0")  # else clients starve beside other tests
-os.environ.setdefault(  # more threads than cores stand in each other's way
-    "OMP_NUM_THREADS",
-    str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))),
+os.environ["OMP_NUM_THREADS"] = str(  # more threads than cores stand in each other's way
+    max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 )
 
 import numpy as np

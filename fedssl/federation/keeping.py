@@ -1,9 +1,10 @@
-"""What a client keeps for itself from round to round: in Flower's context, and in files.
+"""What a client keeps for itself from round to round, in files or else in Flower's context.
 
-`context.state` ends with the client's process or the run that Flower counts; from the files
-a client that left and came back, and a run that is resumed, go on with the same bytes. They
-lie below `partition-3/round-0002.safetensors`, in a simulation in the run's `checkpoints/clients/`,
-at a node in its own cache. Nothing of them ever travels.
+From the files a client that left and came back, and a run that is resumed, go on with the same
+bytes. They lie below `partition-3/round-0002.safetensors`, in a simulation in the run's
+`checkpoints/clients/`, at a node in its own cache. Nothing of them ever travels. `context.state`
+serves where there is no folder: it would be in memory once for each virtual client, and a node's
+process has five seconds to hand it back as it ends, too few for a large model beside other work.
 """
 
 import shutil
@@ -33,12 +34,12 @@ class Keeping:
         """Look for nothing yet.
 
         Args:
-            context: whose state keeps it, too; None for files alone.
+            context: whose state keeps it if there is no folder.
             folder: of this client in this run; None for no files.
             keep_rounds: checkpoints that a run keeps, from any of which it may go on.
             name: of the record in the context's state.
         """
-        self.state = context.state if context else RecordDict()
+        self.state = context.state if context and folder is None else RecordDict()
         self.folder, self.keep_rounds, self.name = folder, keep_rounds, name
 
     def read(self, last_round: int) -> dict[str, Tensor]:
@@ -65,8 +66,8 @@ class Keeping:
 
     def write(self, round_number: int, arrays: dict[str, Tensor]) -> None:
         """Keep arrays, with nothing else of this client than what resuming may need."""
-        self.state[self.name] = ArrayRecord(arrays)
         if self.folder is None:
+            self.state[self.name] = ArrayRecord(arrays)
             return
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         data = save({name: value.cpu().contiguous() for name, value in arrays.items()})
