@@ -10,6 +10,7 @@ from docs.pages import README, read
 from omegaconf import OmegaConf
 
 from benchmarks.accuracy import tables
+from benchmarks.accuracy.recorded import WIRES, wire_run
 from benchmarks.performance import growth
 from fedssl.reporting import console
 from fedssl.runs.directory import RunDirectory
@@ -158,6 +159,25 @@ def test_the_cost_of_what_travels_is_the_recorded_one():
         wire = recorded(name)
         assert re.fullmatch(r"[0-9a-f]{40}", wire["measured"]["commit"])
         assert len(wire["rows"]) == count
+
+
+def test_what_rounding_costs_on_digits_is_recorded():
+    text = read("docs/federation.md")
+    scores, sent = {}, []
+    for wire in WIRES:
+        name = wire_run("digits", wire)
+        for how in ("linear head", "kNN"):
+            rows = [
+                tables.find_score(seed, "federated SimCLR", how) for seed in tables.read_seeds(name)
+            ]
+            scores[wire, how] = 100 * np.mean([row["mean"] for row in rows])
+        if wire != "float32":
+            sent.append(float(tables.bytes_a_round(name)[0]))
+    apart = {key: value - scores["float32", key[1]] for key, value in scores.items()}
+    assert f"within {max(map(abs, apart.values())):.1f} points" in text
+    head, knn = apart["int8", "linear head"], apart["int8", "kNN"]
+    assert f"int8's head {-head:.1f} below, its kNN {knn:.1f} above" in text
+    assert f"{min(sent):.1f} to {max(sent):.1f} MB instead of 46" in text
 
 
 def test_the_time_of_the_four_commands_is_the_recorded_one():
