@@ -178,6 +178,18 @@ def test_what_rounding_costs_on_digits_is_recorded():
     head, knn = apart["int8", "linear head"], apart["int8", "kNN"]
     assert f"int8's head {-head:.1f} below, its kNN {knn:.1f} above" in text
     assert f"{min(sent):.1f} to {max(sent):.1f} MB instead of 46" in text
+    assert "int8 and int4 lie within the spread of float32, with one seed each" in text
+    for how in ("linear head", "converged head", "kNN"):
+        exact, *rounded = (
+            [
+                tables.find_score(seed, "federated SimCLR", how)["mean"]
+                for seed in tables.read_seeds(wire_run("sweep", wire))
+            ]
+            for wire in ("float32", "int8", "int4")
+        )
+        for scores in rounded:
+            assert len(scores) == 1
+            assert abs(scores[0] - np.mean(exact)) < np.std(exact, ddof=1)
 
 
 def test_the_time_of_the_four_commands_is_the_recorded_one():
