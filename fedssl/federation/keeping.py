@@ -29,7 +29,7 @@ class Keeping:
     """The arrays that one client keeps."""
 
     def __init__(
-        self, context: Context | None, folder: Path | None, keep_rounds: int, name: str = KEPT
+        self, context: Context, folder: Path | None, keep_rounds: int, name: str = KEPT
     ) -> None:
         """Look for nothing yet.
 
@@ -39,7 +39,7 @@ class Keeping:
             keep_rounds: checkpoints that a run keeps, from any of which it may go on.
             name: of the record in the context's state.
         """
-        self.state = context.state if context and folder is None else RecordDict()
+        self.state = RecordDict() if folder else context.state
         self.folder, self.keep_rounds, self.name = folder, keep_rounds, name
 
     def read(self, last_round: int) -> dict[str, Tensor]:

@@ -86,7 +86,6 @@ def test_a_node_that_dies_is_left_out_and_taken_back(place):
     place.wait_for("server", f"without client 1: {GONE}", 240)
     # Without a key of its own it gets its partition once its old heartbeat is missing.
     place.wait_for("server", "partition 1 is connected again", 240)
-    # A reply that is lost beside other tests costs a round 180 s.
     assert place.end("server", 200) == 0, place.all_logs()
     kept = list((place.folder / "cache" / "clients").glob("*/partition-*/round-*"))
     assert len({file.parent for file in kept}) == 2  # of one run, each node's own

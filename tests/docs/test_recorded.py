@@ -178,6 +178,10 @@ def test_what_rounding_costs_on_digits_is_recorded():
     head, knn = apart["int8", "linear head"], apart["int8", "kNN"]
     assert f"int8's head {-head:.1f} below, its kNN {knn:.1f} above" in text
     assert f"{min(sent):.1f} to {max(sent):.1f} MB instead of 46" in text
+
+
+def test_what_rounding_costs_in_the_sweep_is_recorded():
+    text = read("docs/federation.md").replace("\n", " ")
     assert "int8 and int4 lie within the spread of float32, with one seed each" in text
     for how in ("linear head", "converged head", "kNN"):
         exact, *rounded = (
