@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.models.resnet import ResNet
 
 from fedssl.config.compose import load_config
 from fedssl.data.cache import open_image_set
@@ -108,6 +109,23 @@ def screen(text):
 def create_run(path, config, overrides=()):
     """Start a run's directory as main.py does."""
     return RunDirectory.create(path, plain(config), config.output_dir, overrides)
+
+
+def narrow_resnets(patch):
+    """Build ResNets of an eighth of the width, so that a message has 1 MB instead of 46."""
+    whole = ResNet._make_layer
+
+    def narrowed(network, block, planes, *arguments, **options):
+        return whole(network, block, planes // 8, *arguments, **options)
+
+    patch.setattr(ResNet, "_make_layer", narrowed)
+
+
+@pytest.fixture
+def narrow(monkeypatch, request):
+    """Have small networks, for what depends on no width."""
+    if request.node.get_closest_marker("whole") is None:
+        narrow_resnets(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

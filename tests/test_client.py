@@ -15,6 +15,8 @@ from fedssl.federation.messages import pack_tensors, read_state
 from fedssl.methods.base import local_arrays
 from fedssl.networks.state import load_state
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 
 @pytest.fixture
 def serve(digits):

@@ -14,6 +14,8 @@ from fedssl.federation.local_grid import LocalGrid
 from fedssl.federation.messages import BUFFERS, count_bytes, unpack_tensors
 from utils import evaluate_at_sites, run_rounds
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 PATIENT, CLINIC, CLASSES = "Meier-Anna", "clinic-west", ("benign", "malignant")
 MODEL = {"arrays", "buffers", "metrics"}
 TRAINED = {"partition-id", "num-examples", "train-loss", "images", "images-per-second"}

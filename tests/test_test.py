@@ -16,6 +16,8 @@ from fedssl.runs.checkpoints import Checkpoint, save_checkpoint
 from test import find_checkpoint
 from utils import build_method, evaluate_run, open_evaluation
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 CPU = torch.device("cpu")
 
 

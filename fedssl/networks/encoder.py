@@ -92,7 +92,7 @@ class Encoder(ResNet):
             raise ValueError(f"unknown stem {settings.stem!r}, known: {', '.join(STEMS)}")
         super().__init__(*BLOCKS[settings.architecture], norm_layer=norm_of(settings.norm))
         self.settings = settings
-        self.feature_size = 512 * BLOCKS[settings.architecture][0].expansion
+        self.feature_size = self.inplanes  # of the last block
         self.fc: nn.Module = nn.Identity()
         if settings.stem != "imagenet":
             stride = 1 if settings.stem == "conv3x3_stride1" else 2

@@ -22,6 +22,8 @@ from fedssl.federation.local_grid import LocalGrid
 from fedssl.federation.strategy_state import load_strategy_state_dict, strategy_state_dict
 from fedssl.runs.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 NUM_CLIENTS = 7  # the least with which Bulyan bears one hostile client
 STATE = {
     "layer.weight": torch.arange(6.0).reshape(2, 3) / 10,

@@ -22,6 +22,8 @@ from fedssl.federation.weights import Weighting
 from fedssl.federation.wire import compress, encode
 from utils import build_federation, build_patience
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 WEIGHT, MEAN = "encoder.conv1.weight", "encoder.bn1.running_mean"
 VARIANCE, COUNTER = "encoder.bn1.running_var", "encoder.bn1.num_batches_tracked"
 

@@ -25,6 +25,8 @@ from fedssl.runs.checkpoints import list_checkpoints, load_checkpoint
 from fedssl.runs.metrics import ClientMetrics, RoundMetrics
 from utils import build_federation, build_patience
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 KINDS = (
     ["method=moco", "method.queue_size=64"],
     ["method=byol", "receive=fedema"],

@@ -16,6 +16,8 @@ from fedssl.federation.negatives import (
     unflatten,
 )
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 SIZE = 4
 
 

@@ -20,6 +20,8 @@ from fedssl.methods.base import Method
 from fedssl.runs.checkpoints import load_checkpoint
 from utils import build_method, build_privacy, spent_privacy
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 SETTINGS = PrivacySettings("central", 1.0, 1.0, 1e-5, population=100, clients_per_round=10)
 
 

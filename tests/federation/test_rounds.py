@@ -15,13 +15,12 @@ from fedssl.runs.checkpoints import list_checkpoints, load_checkpoint
 from fedssl.runs.metrics import Failure
 from utils import load_trained, plain
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 STRATEGIES = sorted(file.stem for file in (CONF / "strategy").glob("*.yaml"))
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    [s if s == "fedadam" else pytest.param(s, marks=pytest.mark.slow) for s in STRATEGIES],
-)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_trains_soundly_and_resumes_with_the_same_bytes(federate, strategy):
     overrides = [f"strategy={strategy}", f"num_clients={5 if strategy == 'krum' else 3}"]
     federation, rows, _ = federate(*overrides)
@@ -202,7 +201,7 @@ def test_momentum_is_averaged_and_handed_back(federate):
     assert rows[0].bytes_moved == pytest.approx(zero.bytes_moved * 15 / 9, rel=0.02)
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", pytest.param("fedavgm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strategy", ["fedavg", "fedavgm"])
 def test_a_run_with_momentum_resumes_with_the_same_bytes(federate, strategy):
     overrides = [*AVERAGED, f"strategy={strategy}", "train.statistics=recomputed"]
     federation, rows, _ = federate(*overrides)
@@ -227,7 +226,6 @@ def test_hostile_momentum_is_left_out_and_named(federate):
     assert "its momentum moved by" in row.failures[0].reason
 
 
-@pytest.mark.slow
 def test_clients_train_as_long_as_the_round_is(federate):
     images = []
 
@@ -240,7 +238,6 @@ def test_clients_train_as_long_as_the_round_is(federate):
     assert images == [2 * 32] * 3 + [4 * 32] * 3
 
 
-@pytest.mark.slow
 def test_the_seed_decides_which_partitions_take_part(federate):
     overrides = ["num_clients=8", "strategy.fraction_train=0.25", "strategy.fraction_evaluate=0.25"]
     asked = [sorted(federate(*overrides)[2].asked) for _ in range(2)]
@@ -250,6 +247,7 @@ def test_the_seed_decides_which_partitions_take_part(federate):
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 def test_a_round_leaves_its_metrics_and_files(federate, config):
     federation, rows, _ = federate("num_rounds=4", "keep_checkpoints=2")
     directory = federation.run
@@ -299,13 +297,11 @@ def test_an_enormous_update_is_left_out_and_named(federate):
 
 
 @pytest.mark.parametrize("overrides", [["partition=dirichlet"], ["partition=pathological"]])
-@pytest.mark.slow
 def test_honest_clients_of_unequal_size_are_not_taken_for_attackers(federate, overrides):
     _, rows, _ = federate(*overrides, "num_clients=5", "train.max_steps=0", "num_rounds=2")
     assert all(row.failures == () for row in rows)
 
 
-@pytest.mark.slow
 def test_too_few_results_end_the_run_with_the_reasons(federate):
     with pytest.raises(
         RuntimeError, match=r"2 of 3 clients came back, min_results=3 .*client 1: array"
@@ -362,7 +358,6 @@ def test_a_drifting_client_is_named_in_a_warning(federate):
     assert any("client 1 drifts away" in warning for warning in row.warnings)
 
 
-@pytest.mark.slow
 def test_a_collapsed_representation_gives_a_warning(federate):
     def flatten_head(partition, reply):
         def flatten(state):
@@ -381,7 +376,6 @@ def test_a_collapsed_representation_gives_a_warning(federate):
     assert sound.effective_rank > 2
 
 
-@pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_the_last_good_state(federate, monkeypatch):
     from fedssl import files
 

@@ -25,6 +25,8 @@ from fedssl.federation.secure.server import SecureSettings
 from fedssl.federation.secure.signing import check_signatures, sign
 from fedssl.runs.checkpoints import load_checkpoint
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 SECURE = "secure_aggregation=true"
 
 

@@ -17,6 +17,8 @@ from fedssl.training.optimizers import zero_momentum
 from fedssl.training.statistics import measure_moments
 from utils import build_method
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 METHODS = ("simclr", "vicreg", "barlow_twins", "simsiam", "moco", "byol")
 MUON = replace(OPTIMIZER, name="muon", momentum_start="averaged")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from browser import CHROMIUM, Browser
-from conftest import CPU, create_run
+from conftest import CPU, create_run, narrow_resnets
 from federation.shuffled import FAST, ShuffledGrid
 from runs.test_metrics import EVENTS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -35,6 +35,13 @@ from scripts.report import prepare
 from utils import build_method, evaluate_run, report_run, run_facts, run_images, run_rounds
 
 REASON = "<script>alert('no')</script> & so on"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    with pytest.MonkeyPatch.context() as patch:
+        narrow_resnets(patch)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +294,7 @@ def test_the_map_shows_the_baseline_and_the_trained_encoder(finished, digits, tm
     run, config, _ = finished
     images = run_images(run, config, digits)
     encoded = pictures.encode_some(images, 40, config.seed)
-    assert encoded.before.shape == encoded.after.shape == (40, 512)
+    assert encoded.before.shape == encoded.after.shape == (40, 64)
     untrained, backend = build_method(config, CPU).encoder, Backend(CPU, torch.float32)
     expected = extract_features(untrained, encoded.pixels, backend, 256, 8)
     np.testing.assert_allclose(encoded.before, expected, rtol=1e-4, atol=1e-5)

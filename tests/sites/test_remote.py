@@ -116,6 +116,7 @@ def test_messages_give_the_scores_of_one_process(settled, digits):
     assert largest <= 2e6  # bytes of a message and its answer, with 512 features
 
 
+@pytest.mark.usefixtures("narrow")
 def test_tuning_by_messages_is_that_of_one_process(settled, digits):
     run, config = settled
     tuning = load_config("config", ["eval=federated_finetune", "eval.label_fraction=0.05"]).eval
@@ -161,6 +162,7 @@ TUNED_NONSENSE = {
 
 
 @pytest.mark.parametrize("kind", TUNED_NONSENSE)
+@pytest.mark.usefixtures("narrow")
 def test_a_tuned_encoder_that_cannot_be_is_not_averaged(settled, kind):
     _, config = settled
     config.eval = load_config("config", ["eval=federated_finetune"]).eval
@@ -180,6 +182,7 @@ def test_a_tuned_encoder_that_cannot_be_is_not_averaged(settled, kind):
     assert set(result.rows[0].sites[0]["by_site"]) == {0, 1, 2}  # its test images still count
 
 
+@pytest.mark.usefixtures("narrow")
 def test_a_site_that_lies_is_named_and_left_out(settled):
     _, config = settled
     said = []
@@ -217,6 +220,7 @@ NONSENSE = (  # site, step, change of the answer, what is said of it
 
 
 @pytest.mark.parametrize("changes", NONSENSE, ids=["heads", "shapes", "kinds", "missing"])
+@pytest.mark.usefixtures("narrow")
 def test_nonsense_is_refused_by_name(settled, changes):
     _, config = settled
     said = []
@@ -254,6 +258,7 @@ def draw_folder(folder, rng, classes, count=8):
     return folder
 
 
+@pytest.mark.usefixtures("narrow")
 def test_folders_of_sites_meet_by_the_names_of_their_classes(tmp_path, rng, config):
     """One site has two classes, one another spelling and one more, one has no labels."""
     folders = [

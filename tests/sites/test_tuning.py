@@ -24,6 +24,8 @@ from fedssl.sites.tuning import (
     tune_generator,
 )
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 SETTINGS = TuneSettings(4, 2, 16, 0.03, 0.01, 0.001)
 
 
@@ -59,7 +61,8 @@ def test_rounds_go_on_from_the_mean_and_need_an_answer():
 
 def test_a_round_moves_encoder_and_head_and_no_statistics(digits, rng):
     data, encoder = make_data(digits, 1), make_encoder()
-    head = Head(rng.normal(size=(512, 10)).astype(np.float32), np.zeros(10, np.float32))
+    weight = rng.normal(size=(encoder.feature_size, 10)).astype(np.float32)
+    head = Head(weight, np.zeros(10, np.float32))
     before = begin_with(encoder.state_dict(), head)
     network = Classifying(encoder, 10)
     digests = []

@@ -29,6 +29,8 @@ from fedssl.training.local import (
 from fedssl.training.optimizers import zero_momentum
 from fedssl.training.schedule import RoundPlan
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 
 @pytest.fixture
 def train(digits):
@@ -258,6 +260,7 @@ def test_a_last_batch_of_one_image_joins_its_neighbour(held_out):
 )
 @pytest.mark.parametrize("name", ["sgd", "muon"])
 @pytest.mark.slow
+@pytest.mark.whole
 def test_bfloat16_learns_as_well_as_float32(held_out, train, name):
     """The recorded runs compare the accuracies, which differ too much between short ones."""
     fresh, _ = held_out(train(count=64, max_steps=1)[0])
