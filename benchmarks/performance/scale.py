@@ -12,8 +12,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ray.cluster_utils import Cluster
-
 from benchmarks.performance.simulation import measure
 from fedssl.compute import count_cores
 from fedssl.runs.provenance import provenance
@@ -33,6 +31,8 @@ def overrides_for(count: int) -> list[str]:
 
 def on_cluster(path: str, count: int) -> dict[str, Any]:
     """Measure on two nodes of Ray, each with half of the cores."""
+    from ray.cluster_utils import Cluster  # reads what fedssl.env has set when it is imported
+
     each = max(1, count_cores() // 2)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": each})
     try:

@@ -102,6 +102,18 @@ def own_memory(main_pid: int) -> float:
     return total / 1e3
 
 
+def parts_of(
+    rows: Sequence[dict[str, Any]], wall: float, training: float, startup: float
+) -> dict[str, float]:
+    """Divide what a simulation took beside the training, in seconds: where it went."""
+    train, evaluation, knn = (
+        sum(row[f"seconds_{part}"] for row in rows) for part in ("train", "evaluate", "knn")
+    )
+    parts = {"start": startup, "to clients and back": train - training}
+    parts |= {"evaluation": evaluation, "kNN": knn}
+    return parts | {"checkpoints and the end": wall - training - sum(parts.values())}
+
+
 def measure(path: str, overrides: Sequence[str], ray_address: str | None = None) -> dict[str, Any]:
     """Run a simulation on CIFAR-10 and say what it took.
 
@@ -148,13 +160,15 @@ def measure(path: str, overrides: Sequence[str], ray_address: str | None = None)
         / processes
         for row in rows
     ]
+    startup = first[1] - sum(row["seconds"] for row in rows[: first[0]])
     found = {
         "command": f"python {' '.join(command[:2])} {' '.join(overrides)}",
         "wall_s": trained,
-        "startup_s": first[1] - sum(row["seconds"] for row in rows[: first[0]]),
+        "startup_s": startup,
         "local_training_s": sum(local),
         "processes": processes,
         "overhead_s": trained - sum(local),
+        "parts_s": parts_of(rows, trained, sum(local), startup),
         "round_overhead_s": median(
             row["seconds"] - spent
             for row, spent in list(zip(rows, local, strict=True))[min(1, len(rows) - 1) :]
