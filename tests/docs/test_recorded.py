@@ -191,7 +191,7 @@ def test_what_rounding_costs_in_the_sweep_is_recorded():
                 tables.find_score(seed, "federated SimCLR", how)["mean"]
                 for seed in tables.read_seeds(wire_run("sweep", wire))
             ]
-            for wire in ("float32", *WIRES[1:])
+            for wire in WIRES
         )
         for wire, scores in zip(WIRES[1:], rounded, strict=True):
             assert len(scores) == len(exact) == 3
@@ -200,6 +200,13 @@ def test_what_rounding_costs_in_the_sweep_is_recorded():
                 assert f"{100 * less:.1f} points lower" in text
             else:
                 assert abs(less) < spread, (wire, how)
+
+
+def test_what_masks_cost_on_digits_is_recorded():
+    (masked,), (plain, *_) = map(tables.read_seeds, ("privacy/digits-secure", "digits_bfloat16"))
+    for scores, words in ((masked, "with masks"), (plain, "without")):
+        mean = tables.find_score(scores, "federated SimCLR", "linear head")["mean"]
+        assert f"{100 * mean:.1f} % {words} ([recorded]" in read("docs/privacy.md")
 
 
 def test_the_time_of_the_four_commands_is_the_recorded_one():
@@ -268,7 +275,7 @@ def test_the_cost_of_a_simulation_is_the_recorded_one():
     assert f"rounds of `{many['command']}`" in text
 
 
-def test_ten_thousand_clients_start_at_once_and_need_no_more_memory():
+def test_ten_thousand_clients_start_within_a_minute_and_need_no_more_memory():
     rows = {(row["clients"], row["ray_nodes"]): row for row in recorded("clients.json")["rows"]}
     assert rows.keys() == {*((10**power, 1) for power in (1, 2, 3, 4)), (10_000, 2)}
     many, most = rows[1_000, 1], rows[10_000, 1]
