@@ -134,6 +134,12 @@ def threads():
     torch.set_num_threads(THREADS)
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """Have the same draws in every run and order, where a test names no generator."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory):
     return str(tmp_path_factory.mktemp("cache"))
