@@ -121,6 +121,7 @@ METHODS: dict[str, tuple[str, Sequence[str]]] = {
     "fedu": ("BYOL, FedU", ("method=byol", "receive=fedu")),
     "fedema": ("BYOL, FedEMA", ("method=byol", "receive=fedema")),
 }
+SAME_TRAINING = {"fedu": "byol", "fedema": "byol"}  # differ in what a client takes over alone
 SPLITS: dict[str, tuple[str, Sequence[str]]] = {  # run of SimCLR, and how images are dealt out
     "iid": ("federation/five", ()),
     "two-classes": ("federation/two-classes", TWO_CLASSES),

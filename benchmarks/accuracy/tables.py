@@ -19,6 +19,7 @@ from benchmarks.accuracy.recorded import (
     FEDERATIONS,
     METHODS,
     PRIVATE,
+    SAME_TRAINING,
     SPLITS,
     WIRE_RUNS,
     WIRES,
@@ -200,7 +201,7 @@ def twenty_table() -> list[str]:
 def methods_table() -> list[str]:
     """Compare methods in the federations of five and on digits, as far as they are recorded."""
     names = ("head / kNN", "rank", "two classes: head / kNN", "rank", "digits: head / kNN")
-    lines = head("", *names, "MB each", "seeds")
+    lines = head("", *names, "pace", "MB each", "seeds")
     for method, (title, _) in METHODS.items():
         even, uneven, digits = (method_run(method, split) for split in (*SPLITS, "digits"))
         cells = [both_scores(even), last_rank(even), both_scores(uneven), last_rank(uneven)]
@@ -208,7 +209,8 @@ def methods_table() -> list[str]:
         if any(cells):
             moved = cost_columns(even)[2] if cells[0] else ""
             counts = dict.fromkeys(str(len(read_seeds(run))) for run in (even, uneven))
-            lines.append(line(title, *cells, moved, ", ".join(counts)))
+            pace = performance.pace_of(SAME_TRAINING.get(method, method))
+            lines.append(line(title, *cells, pace, moved, ", ".join(counts)))
     return lines
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.accuracy.recorded import METHODS, ROUND_STEPS
+from benchmarks.accuracy.recorded import METHODS, ROUND_STEPS, SAME_TRAINING
 from fedssl.compute import choose_backend
 from fedssl.config.compose import load_config
 from fedssl.runs.provenance import provenance
@@ -62,7 +62,7 @@ def main() -> None:
     given = parser.parse_args()
     clients: dict[str, Client] = {}
     for name, (_, overrides) in METHODS.items():
-        if name in ("fedu", "fedema"):  # they train as BYOL does
+        if name in SAME_TRAINING:
             continue
         common = ["experiment=cifar10_sweep", f"dataset.path={given.path}"]
         pixels = clients[FIRST].pixels if clients else None

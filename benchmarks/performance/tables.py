@@ -56,6 +56,12 @@ def scale_table() -> list[str]:
     return [*lines, "", f"On {hardware_of(record)}."]
 
 
+def pace_of(method: str) -> str:
+    """Show the images per second of a method beside those of SimCLR, nothing if not recorded."""
+    paces = (read("methods_speed.json") or {"methods": {}})["methods"]
+    return f"{paces[method]['of_simclr']:.2f}" if method in paces else ""
+
+
 def wire_table() -> list[str]:
     """Tabulate what a round costs a node: requests, bytes, seconds.
 

@@ -134,7 +134,7 @@ class Federation:
         )
         return done.returncode, done.stdout + done.stderr
 
-    def stop(self, name: str, timeout_s: float = 30) -> int:
+    def stop(self, name: str, timeout_s: float = 120) -> int:
         """End a process by SIGTERM, and by SIGKILL if it doesn't follow; give its status."""
         process = self.started[name]
         if process.poll() is None:

@@ -99,7 +99,7 @@ def test_three_sites_run_through_the_door(tmp_path):
         run = (tmp_path / "outputs/latest").resolve()
         for file in (run, run / "encoder.safetensors", keys / "superlink.db"):
             assert stat.S_IMODE(file.stat().st_mode) & 0o077 == 0, file
-        assert federation.stop("superlink") == 0
+        assert federation.stop("superlink") == 0, all_logs(federation)
     finally:
         federation.stop_all()
 
@@ -178,7 +178,7 @@ def test_the_superlink_says_in_one_line_what_is_missing(tmp_path):
         assert (status, output.count("\n")) == (2, 1)
         assert f"--port={port}: Address already in use" in output
     finally:
-        assert federation.stop("superlink") == 0
+        assert federation.stop("superlink") == 0, all_logs(federation)
 
 
 def passes(folder):

@@ -86,6 +86,7 @@ def test_one_of_five_who_drops_out_is_taken_out_of_the_sum(federate):
 
 
 @pytest.mark.slow
+@pytest.mark.whole  # processes of Ray know nothing of narrow ones
 def test_one_of_five_whose_process_is_killed_is_taken_out_of_the_sum(tmp_path):
     """In processes of Ray; it dies after it trained, twice, since Ray starts it again."""
     given = ["num_clients=5", "num_rounds=1", "num_cpus=1", "precision=float32", FAST]
