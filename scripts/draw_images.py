@@ -174,6 +174,40 @@ def draw_attack(file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
+def draw_many_clients(file: Path) -> None:
+    """Show what ever more clients cost, of which ten take part: seconds, and memory."""
+    record = ROOT / "results" / "clients.json"
+    if not record.exists():
+        return
+    rows = [r for r in json.loads(record.read_text())["rows"] if r["ray_nodes"] == 1]
+    counts = [row["clients"] for row in rows]
+    a_round = {
+        name: [row["parts_s"][name] / len(row["own_mb_by_round"]) for row in rows]
+        for name in ("to clients and back", "evaluation")
+    }
+    seconds = {
+        "start": ([row["startup_s"] for row in rows], INK, "o-"),
+        "messages of a round": (a_round["to clients and back"], BLUE, "s-"),
+        "evaluation of a round": (a_round["evaluation"], ORANGE, "^-"),
+    }
+    figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
+    upper, lower = figure.subplots(2, sharex=True, height_ratios=(2, 1))
+    for label, (values, color, style) in seconds.items():
+        upper.plot(counts, values, style, color=color, label=label)
+    upper.set_ylabel("seconds", color=INK)
+    upper.legend(frameon=False, fontsize="small")
+    lower.plot(counts, [max(row["own_mb_by_round"]) / 1e3 for row in rows], "o-", color=BLUE)
+    lower.set_ylabel("memory, GB", color=INK)
+    lower.set_xscale("log")
+    lower.set_xticks(counts, [f"{count:,}" for count in counts])
+    lower.minorticks_off()
+    lower.set_xlabel("clients, ten of which take part", color=INK)
+    for axes in (upper, lower):
+        axes.set_ylim(0, 1.2 * axes.dataLim.ymax)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=150)
+
+
 class Sketch:
     """Boxes, arrows, words and small pictures, placed in inches from the lower left corner."""
 
@@ -263,6 +297,7 @@ def main() -> None:
     draw_overview(folder / "overview.png")
     draw_formula(folder / "loss_eq.png")
     draw_attack(folder / "attack.png")
+    draw_many_clients(folder / "many_clients.png")
     draw_views(folder / "views.png", [])
     draw_dealing(folder / "partitions.png", ["partition=dirichlet", "partition.alpha=0.1"])
     recorded = RunDirectory(RECORDED_RUN).read_metrics()

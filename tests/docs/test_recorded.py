@@ -253,6 +253,19 @@ def test_the_speeds_are_the_recorded_ones():
     assert len(speed["rows"]) == 6
     for milliseconds in speed["augmentation"]["milliseconds"].values():
         assert f"{milliseconds:.0f} ms" in text
+    dropped = sum(row["dropped"] for row in speed["rows"])
+    assert f"is dropped ({('none', 'one', 'two', 'three', 'four', 'five')[dropped]} were)" in text
+    bare = [row["images_per_second"]["bare"] for row in speed["rows"]]
+    usual = [row["images_per_second"]["usual"] for row in speed["rows"]]
+    over = [each / slow for each, slow in zip(bare, usual, strict=True)]
+    assert f"the bare network is only {min(over):.1f} to {max(over):.1f} times" in text
+    older = recorded("speed_float32.json")
+    for name, words in (
+        ("of_bare", "had {:.2f} to {:.2f} of the bare"),
+        ("over_usual", "and {:.1f} to {:.1f} times that"),
+    ):
+        found = [row[name] for row in older["rows"]]
+        assert words.format(min(found), max(found)) in text
 
 
 def test_the_cost_of_a_simulation_is_the_recorded_one():
