@@ -67,6 +67,13 @@ def test_what_a_federation_is_worth_is_recorded():
     assert shown == [both(name) for name in names]
 
 
+def test_what_more_rounds_of_fewer_steps_give_is_recorded():
+    text = read("docs/results.md").partition("More rounds of fewer steps")[2].partition("Of 20")[0]
+    names = ["five-7-rounds", "five-14-rounds", "five", "five-plain", "alone"]
+    shown = re.findall(r"\d\d\.\d / \d\d\.\d", text)
+    assert shown == [tables.both_scores(f"federation/{n}", 1).replace(" ±", "") for n in names]
+
+
 def test_what_digits_of_two_classes_give_is_recorded():
     results = recorded("digits_two_classes_56_rounds/seed0/results.json")
     linear, knn = (
