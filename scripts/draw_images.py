@@ -176,24 +176,18 @@ def draw_attack(file: Path) -> None:
 
 def draw_many_clients(file: Path) -> None:
     """Show what ever more clients cost, of which ten take part: seconds, and memory."""
-    record = ROOT / "results" / "clients.json"
-    if not record.exists():
-        return
-    rows = [r for r in json.loads(record.read_text())["rows"] if r["ray_nodes"] == 1]
+    record = json.loads((ROOT / "results" / "clients.json").read_text())
+    rows = [row for row in record["rows"] if row["ray_nodes"] == 1]
     counts = [row["clients"] for row in rows]
-    a_round = {
-        name: [row["parts_s"][name] / len(row["own_mb_by_round"]) for row in rows]
-        for name in ("to clients and back", "evaluation")
-    }
-    seconds = {
-        "start": ([row["startup_s"] for row in rows], INK, "o-"),
-        "messages of a round": (a_round["to clients and back"], BLUE, "s-"),
-        "evaluation of a round": (a_round["evaluation"], ORANGE, "^-"),
-    }
     figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
     upper, lower = figure.subplots(2, sharex=True, height_ratios=(2, 1))
-    for label, (values, color, style) in seconds.items():
-        upper.plot(counts, values, style, color=color, label=label)
+    upper.plot(counts, [row["startup_s"] for row in rows], "o-", color=INK, label="start")
+    for label, part, color, style in (
+        ("messages of a round", "to clients and back", BLUE, "s-"),
+        ("evaluation of a round", "evaluation", ORANGE, "^-"),
+    ):
+        seconds = [row["parts_s"][part] / len(row["own_mb_by_round"]) for row in rows]
+        upper.plot(counts, seconds, style, color=color, label=label)
     upper.set_ylabel("seconds", color=INK)
     upper.legend(frameon=False, fontsize="small")
     lower.plot(counts, [max(row["own_mb_by_round"]) / 1e3 for row in rows], "o-", color=BLUE)

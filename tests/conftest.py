@@ -135,7 +135,7 @@ def threads():
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def same_draws():
     """Have the same draws in every run and order, where a test names no generator."""
     torch.manual_seed(0)
 

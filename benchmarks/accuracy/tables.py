@@ -201,14 +201,14 @@ def twenty_table() -> list[str]:
 def methods_table() -> list[str]:
     """Compare methods in the federations of five and on digits, as far as they are recorded."""
     names = ("head / kNN", "rank", "two classes: head / kNN", "rank", "digits: head / kNN")
-    lines = head("", *names, "pace", "MB each", "seeds")
+    lines = head("", *names, "pace", "MB each", "seeds of CIFAR-10")
     for method, (title, _) in METHODS.items():
         even, uneven, digits = (method_run(method, split) for split in (*SPLITS, "digits"))
         cells = [both_scores(even), last_rank(even), both_scores(uneven), last_rank(uneven)]
         cells.append(both_scores(digits, 1))
         if any(cells):
             moved = cost_columns(even)[2] if cells[0] else ""
-            counts = dict.fromkeys(str(len(read_seeds(run))) for run in (even, uneven))
+            counts = dict.fromkeys(str(n) for run in (even, uneven) if (n := len(read_seeds(run))))
             pace = performance.pace_of(SAME_TRAINING.get(method, method))
             lines.append(line(title, *cells, pace, moved, ", ".join(counts)))
     return lines
