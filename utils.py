@@ -406,6 +406,7 @@ def build_federation(
         max_update_ratio=config.max_update_ratio or 0,
         weighting=Weighting(config.weighting, config.max_weight_ratio or 0),
         keep_checkpoints=config.keep_checkpoints,
+        evaluate_every=config.evaluate_every,
         projection_size=config.model.projection_size,
         secure=select(SecureSettings, config.secagg) if config.secure_aggregation else None,
         recompute_statistics=config.train.statistics == "recomputed",

@@ -201,13 +201,13 @@ def twenty_table() -> list[str]:
 def methods_table() -> list[str]:
     """Compare methods in the federations of five and on digits, as far as they are recorded."""
     names = ("head / kNN", "rank", "two classes: head / kNN", "rank", "digits: head / kNN")
-    lines = head("", *names, "pace", "MB each", "seeds of CIFAR-10")
+    lines = head("", *names, "pace", "MB a round", "seeds of CIFAR-10")
     for method, (title, _) in METHODS.items():
         even, uneven, digits = (method_run(method, split) for split in (*SPLITS, "digits"))
         cells = [both_scores(even), last_rank(even), both_scores(uneven), last_rank(uneven)]
         cells.append(both_scores(digits, 1))
         if any(cells):
-            moved = cost_columns(even)[2] if cells[0] else ""
+            moved = bytes_a_round(even)[1] if cells[0] else ""
             counts = dict.fromkeys(str(n) for run in (even, uneven) if (n := len(read_seeds(run))))
             pace = performance.pace_of(SAME_TRAINING.get(method, method))
             lines.append(line(title, *cells, pace, moved, ", ".join(counts)))
@@ -291,8 +291,12 @@ def rounding_table() -> list[str]:
 
 
 def bytes_a_round(run: str) -> tuple[str, str]:
-    """Show the megabytes that a client sends in a round, and those in both directions."""
-    rounds = [json.loads(t) for t in (RESULTS / run / "seed0" / "metrics.jsonl").open()]
+    """Show the megabytes that a client sends in a round, and those in both directions.
+
+    Rounds that end without an evaluation, which move less, are left out.
+    """
+    every = [json.loads(t) for t in (RESULTS / run / "seed0" / "metrics.jsonl").open()]
+    rounds = [row for row in every if row["eval_loss"] is not None]
     clients = sum(1 for row in rounds for client in row["clients"] if client.get("images"))
     both = sum(row["bytes_moved"] for row in rounds) / clients / 1e6
     up = [row.get("bytes_up") for row in rounds]

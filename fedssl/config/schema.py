@@ -22,10 +22,10 @@ RUN = "outputs/latest"
 
 
 class Monitor(Section):
-    """The kNN accuracy after every round, on training images; the test set stays unseen."""
+    """The kNN accuracy at every evaluation, on training images; the test set stays unseen."""
 
     bank: int = Field(default=2000, ge=1, description="labelled images to compare with")
-    queries: int = Field(default=1000, ge=1, description="images to classify after every round")
+    queries: int = Field(default=1000, ge=1, description="images to classify at every evaluation")
     neighbors: int = Field(default=10, ge=1, description="that decide")
 
 
@@ -115,10 +115,15 @@ class MainSettings(Section):
     held_out: float = Field(
         default=0.1, gt=0, le=0.5, description="share of a client's images for its loss"
     )
+    evaluate_every: int = Field(
+        default=1,
+        ge=1,
+        description="rounds from one evaluation to the next; the last has one, too",
+    )
     keep_checkpoints: int = Field(
         default=3, ge=1, description="the newest so many stay, and the final one"
     )
-    monitor: Monitor = Field(default=Monitor(), description="kNN accuracy after every round")
+    monitor: Monitor = Field(default=Monitor(), description="kNN accuracy at every evaluation")
     output_dir: str = Field(default="outputs", description="a run leaves its files below it")
     run_dir: str = Field(
         default="${output_dir}/${now:%Y-%m-%d}/${now:%H-%M-%S}", description="of this run"

@@ -36,6 +36,7 @@ def check_together(settings: Mapping[str, Any]) -> None:
     _check_resolution(settings)
     _check_negatives(settings)
     _check_norm(settings)
+    _check_evaluations(settings)
     _check_privacy(settings)
     _check_secure(settings)
 
@@ -65,6 +66,18 @@ def _check_norm(settings: Mapping[str, Any]) -> None:
         raise SettingError(
             "train.statistics=recomputed: model.norm=group has no statistics; give "
             "train.statistics=averaged"
+        )
+
+
+def _check_evaluations(settings: Mapping[str, Any]) -> None:
+    """Make sure that training by the statistics of all clients finds those of the round before."""
+    every, train = settings["evaluate_every"], settings["train"]
+    needed = train["statistics"] == "recomputed" and train["global_statistics_from"] < 1
+    if every > 1 and needed:
+        raise SettingError(
+            f"evaluate_every={every}: train.global_statistics_from="
+            f"{train['global_statistics_from']:g} trains with what an evaluation measures; give "
+            "evaluate_every=1"
         )
 
 

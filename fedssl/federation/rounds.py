@@ -76,6 +76,7 @@ class RoundSettings:
         weighting: of the clients in averages.
         secure: how updates are masked; None leaves them open to the server.
         keep_checkpoints: so many of the newest stay.
+        evaluate_every: rounds from one evaluation to the next; the last round has one, too.
         projection_size: numbers of a projection.
         recompute_statistics: whether clients measure BatchNorm's statistics anew after
             averaging, see fedssl/training/statistics.py.
@@ -88,11 +89,16 @@ class RoundSettings:
     min_results: int
     max_update_ratio: float
     keep_checkpoints: int
+    evaluate_every: int = 1
     projection_size: int = 128
     recompute_statistics: bool = False
     weighting: Weighting = field(default_factory=Weighting)
     images: str | None = None
     secure: SecureSettings | None = None
+
+    def evaluates(self, round_number: int) -> bool:
+        """Tell whether a round ends with an evaluation."""
+        return round_number % self.evaluate_every == 0 or round_number == self.num_rounds
 
 
 class Federation:
@@ -181,12 +187,10 @@ class Federation:
         began = time.perf_counter()
         updates, failures = self._train(round_number, on_progress)
         trained = time.perf_counter()
-        silent = self._renew_statistics(round_number)
-        evaluations, absent = self._ask(round_number, MessageType.EVALUATE, on_progress)
-        absent += self._hear_projections(evaluations)
-        self.strategy.aggregate_evaluate(round_number, [each.message for each in evaluations])
+        evaluates = self.settings.evaluates(round_number)
+        evaluations, absent = self._evaluate(round_number, on_progress) if evaluates else ([], [])
         evaluated = time.perf_counter()
-        monitor = self.monitor
+        monitor = self.monitor if evaluates else None
         knn = monitor.accuracy(self.encoder(), round_number) if monitor else None
         ended, bounded = time.perf_counter(), self.settings.weighting.bounds
         down, up = self.nodes.take_bytes()
@@ -207,7 +211,7 @@ class Federation:
             bytes_moved=down + up,
             bytes_up=up,
             clients=tuple(map(self._named, client_metrics(updates, evaluations, bounded))),
-            failures=tuple(map(self._named, failures + silent + absent)),
+            failures=tuple(map(self._named, failures + absent)),
             nodes=self.nodes.take_events(),
             epsilon=spent.epsilon if spent else None,
             delta=spent.delta if spent else None,
@@ -258,6 +262,16 @@ class Federation:
         combined = aggregate(self.strategy, round_number, [mean], start, self.names)
         self._take(combined)
         return given.updates, given.failures
+
+    def _evaluate(
+        self, round_number: int, on_progress: ProgressCallback
+    ) -> tuple[list[Update], list[Failure]]:
+        """Ask the sampled clients for their loss, after BatchNorm's statistics are renewed."""
+        silent = self._renew_statistics(round_number)
+        evaluations, absent = self._ask(round_number, MessageType.EVALUATE, on_progress)
+        absent += self._hear_projections(evaluations)
+        self.strategy.aggregate_evaluate(round_number, [each.message for each in evaluations])
+        return evaluations, silent + absent
 
     def _take(self, combined: Mapping[str, Tensor]) -> None:
         """Let the global model and the momentum be what the strategy made of the updates."""

@@ -1,6 +1,5 @@
 """Pictures of a run: arrays in, a PNG out, each written as a whole."""
 
-import math
 import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
@@ -50,15 +49,15 @@ def draw_loss_graph(
     """
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     axes = figure.add_subplot()
-    numbers = [metrics.round for metrics in rounds]
     for key, name, color, marker in (
         ("train_loss", "train", BLUE, "o"),
         ("eval_loss", "evaluation (held-out images)", ORANGE, "s"),
     ):
-        axes.plot(numbers, _column(rounds, key), color=color, marker=marker, label=name)
-        clients = [_known(metrics.clients, key) or [math.nan] for metrics in rounds]
-        low, high = [min(values) for values in clients], [max(values) for values in clients]
-        axes.fill_between(numbers, low, high, color=color, alpha=0.15, linewidth=0)
+        axes.plot(*_over_rounds(rounds, key), color=color, marker=marker, label=name)
+        clients = {r.round: values for r in rounds if (values := _known(r.clients, key))}
+        low, high = map(min, clients.values()), map(max, clients.values())
+        band = list(clients), list(low), list(high)
+        axes.fill_between(*band, color=color, alpha=0.15, linewidth=0)
     count = len({client.partition for metrics in rounds for client in metrics.clients})
     axes.set_title(f"{title}, {count} clients", color=INK, loc="left")
     _style(axes, loss_name)
@@ -70,7 +69,7 @@ def draw_knn(rounds: Sequence[RoundMetrics], file: Path) -> None:
     """Plot the kNN accuracy over rounds."""
     figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(_column(rounds, "round"), _column(rounds, "knn"), color=BLUE, marker="o")
+    axes.plot(*_over_rounds(rounds, "knn"), color=BLUE, marker="o")
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     _style(axes, "kNN accuracy, top-1")
     save_figure(figure, file)
@@ -81,7 +80,7 @@ def draw_representation(rounds: Sequence[RoundMetrics], file: Path) -> None:
     figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
     panels = figure.subplots(len(REPRESENTATION), sharex=True)
     for axes, (key, name, limit) in zip(panels, REPRESENTATION, strict=True):
-        axes.plot(_column(rounds, "round"), _column(rounds, key), BLUE, marker="o")
+        axes.plot(*_over_rounds(rounds, key), color=BLUE, marker="o")
         if limit:
             axes.axhline(limit[0], color=ORANGE, linestyle="--", label=limit[1])
             axes.legend(frameon=False, fontsize="small")
@@ -246,15 +245,15 @@ def _class_colors(count: int) -> np.ndarray:
     return matplotlib.colormaps["tab10" if count <= 10 else "tab20"](range(count))
 
 
+def _over_rounds(rounds: Sequence[RoundMetrics], name: str) -> tuple[list[int], list[float]]:
+    """List the rounds that have a number, and the number of each."""
+    having = [metrics for metrics in rounds if getattr(metrics, name) is not None]
+    return [metrics.round for metrics in having], _known(having, name)
+
+
 def _known(records: Sequence[object], name: str) -> list[float]:
     """List an attribute of each record that has it."""
-    return [value for value in _column(records, name) if not math.isnan(value)]
-
-
-def _column(records: Sequence[object], name: str) -> list[float]:
-    """List an attribute of each record; NaN where it is None."""
-    values = [getattr(record, name) for record in records]
-    return [math.nan if value is None else value for value in values]
+    return [value for each in records if (value := getattr(each, name)) is not None]
 
 
 def _style(axes: Axes, what: str, over: str = "round") -> None:

@@ -23,7 +23,8 @@ HARMLESS = {
     *("min_nodes", "node_wait_s", "min_results", "round_timeout_s", "max_update_ratio"),
     "max_weight_ratio",
     *("nodes_file", "run"),
-    *("keep_checkpoints", "output_dir", "run_dir", "cache_dir", "dataset.path", "quiet"),
+    *("keep_checkpoints", "evaluate_every", "output_dir", "run_dir", "cache_dir"),
+    *("dataset.path", "quiet"),
 }
 HARMLESS_GROUPS = ("eval.", "figures.", "head.")
 

@@ -218,6 +218,14 @@ def test_negatives_of_others_need_one_normalization():
     assert load_config("config", [*given, "train.statistics=recomputed"])
 
 
+def test_what_trains_by_the_statistics_of_all_clients_needs_them_after_every_round():
+    given = ["train.statistics=recomputed", "train.global_statistics_from=0.5"]
+    assert load_config("config", given)
+    assert load_config("config", [given[0], "evaluate_every=4"])
+    with pytest.raises(UserError, match=r"^evaluate_every=4: .*=0\.5 .* give evaluate_every=1$"):
+        load_config("config", [*given, "evaluate_every=4"])
+
+
 @pytest.mark.parametrize("name", ["1e5", "1_000", "007", "1.50", "true", "nan", "-0"])
 def test_a_text_stays_as_it_was_written(name):
     given = ["dataset=hub", f"dataset.path={name}", f"dataset.config_name={name}", f"resume={name}"]

@@ -117,6 +117,23 @@ def test_recomputed_statistics_are_those_of_the_averaged_weights(federate):
     assert after.bytes_moved > before.bytes_moved
 
 
+def test_rounds_without_an_evaluation_lead_to_the_same_bytes(federate):
+    given = ["num_rounds=3", "num_clients=2", "train.statistics=recomputed"]
+    often, all_rows, _ = federate(*given)
+    seldom, rows, grid = federate(*given, "evaluate_every=2")
+    assert [kind for kind, _ in grid.asked].count("query.statistics") == 2 * 2
+    assert seldom.run.last_checkpoint().read_bytes() == often.run.last_checkpoint().read_bytes()
+    unknown = ("eval_loss", "knn", "effective_rank", "uniformity", "alignment")
+    assert all(getattr(rows[0], name) is None for name in unknown)
+    for name in unknown:
+        told = [getattr(row, name) for row in rows[1:]]
+        assert told == [getattr(row, name) for row in all_rows[1:]]
+        assert None not in told
+    assert [row.train_loss for row in rows] == [row.train_loss for row in all_rows]
+    assert rows[0].bytes_moved < all_rows[0].bytes_moved
+    assert rows[0].failures == rows[0].warnings == ()
+
+
 def test_a_client_that_measures_nothing_is_named_and_the_round_goes_on(federate, monkeypatch):
     import client
 

@@ -48,6 +48,24 @@ def test_the_loss_graph_counts_the_clients_of_all_rounds(tmp_path, monkeypatch):
     assert drawn[0].axes[0].get_title(loc="left") == "SimCLR on digits, 3 clients"
 
 
+def test_the_loss_graph_joins_the_rounds_that_were_evaluated(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, file: drawn.append(figure))
+    rounds = [
+        RoundMetrics(
+            round=number,
+            train_loss=2.0,
+            eval_loss=loss,
+            clients=(ClientMetrics(0, train_loss=2.0, eval_loss=loss),),
+        )
+        for number, loss in enumerate((None, 3.0, None, 1.0), start=1)
+    ]
+    figures.draw_loss_graph(rounds, tmp_path / "loss.png", "SimCLR on digits")
+    train, evaluation = drawn[0].axes[0].lines
+    assert list(train.get_xdata()) == [1, 2, 3, 4]
+    assert list(zip(*evaluation.get_data(), strict=True)) == [(2, 3.0), (4, 1.0)]
+
+
 def test_the_last_evaluation_at_the_sites_is_drawn(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(figures, "save_figure", lambda figure, file: drawn.append(figure))
