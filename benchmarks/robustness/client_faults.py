@@ -4,8 +4,9 @@ import io
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -132,13 +133,10 @@ CLIENT_FAULTS: dict[str, tuple[Fault, str]] = {
 }
 
 
-ALL_FAULTS = [fault for fault, _ in CLIENT_FAULTS.values()]
-
-
 class FaultyClientApp(ClientApp):
     """Lets one client fail in the way of its round, outside of all mods: what travels is bad."""
 
-    def __init__(self, sound: ClientApp, faults: Sequence[Fault] = ALL_FAULTS) -> None:
+    def __init__(self, sound: ClientApp, faults: Sequence[Fault]) -> None:
         """Wrap the app of the others.
 
         Args:
@@ -157,20 +155,22 @@ class FaultyClientApp(ClientApp):
         return self.faults[number - 1](reply) if number <= len(self.faults) else reply
 
 
-def try_clients(folder: Path) -> list[dict[str, str]]:
+def try_clients(folder: Path, names: Iterable[str] = CLIENT_FAULTS) -> list[dict[str, Any]]:
     """Run a round per fault and one without; see who took part in each."""
-    rounds = len(CLIENT_FAULTS) + 1
+    faults = {name: CLIENT_FAULTS[name] for name in names}
+    rounds = len(faults) + 1
     places = [f"output_dir={folder}", f"cache_dir={folder}/cache"]
     limits = [f"num_rounds={rounds}", f"round_timeout_s={TIMEOUT_S:g}", "min_results=2"]
     config = load_config("config", [*SMALL, *places, *limits])
     resources, image_set = program.prepare(config)
     config.num_cpus, config.num_gpus = resources.num_cpus, resources.num_gpus
     run = RunDirectory.create(folder / "clients", plain(config), config.output_dir)
-    clients = FaultyClientApp(make_client_app(simulated(config)))
+    sound = make_client_app(simulated(config))
+    clients = FaultyClientApp(sound, [fault for fault, _ in faults.values()])
     program.train(config, resources, image_set, run, clients=clients)
     done = run.read_metrics()
     table = []
-    for (fault, (_, reason)), metrics in zip(CLIENT_FAULTS.items(), done, strict=False):
+    for (fault, (_, reason)), metrics in zip(faults.items(), done, strict=False):
         reasons = {failure.partition: failure.reason for failure in metrics.failures}
         trained = who_trained(metrics)
         told = reasons.get(FAULTY, "nothing")

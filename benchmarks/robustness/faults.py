@@ -16,13 +16,14 @@ import subprocess
 import sys
 import tempfile
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.robustness.client_faults import SMALL, try_clients
+from benchmarks.robustness.client_faults import CLIENT_FAULTS, SMALL, try_clients
 from fedssl.env import ROOT
 from fedssl.runs.provenance import provenance
 
@@ -203,12 +204,14 @@ def main() -> None:
     """Inject, print the table, and write it with its provenance."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--faults", nargs="+", choices=CLIENT_FAULTS, default=list(CLIENT_FAULTS))
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    parts = PARTS | {"clients": partial(try_clients, names=given.faults)}
     measured, table = provenance(), []
     for part in given.parts:
         with tempfile.TemporaryDirectory() as folder:
-            rows = PARTS[part](Path(folder).resolve())
+            rows = parts[part](Path(folder).resolve())
         for row in rows:
             row["seen"] = row["seen"].replace(f"{Path(folder).resolve()}/", "")
             mark = "ok  " if row["ok"] else "FAIL"
