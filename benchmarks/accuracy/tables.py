@@ -250,7 +250,7 @@ def over_seeds(values: Sequence[Sequence[float]]) -> str:
 def sites_table() -> list[str]:
     """Compare heads from sums with those of all labels in one place."""
     heads = ("head from sums", "head by rounds", "own head at each site", "linear head")
-    names = ("same predictions, %", *heads[:3], "one place")
+    names = ("same predictions as ridge in one place, %", *heads[:3], "20-epoch head in one place")
     lines = head("images", "dealt out", "sites", *names)
     for images in SITES:
         for entries in read_sites(images):

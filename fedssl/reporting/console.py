@@ -262,7 +262,7 @@ def print_ending(run_path: Path, output_dir: Path, labelled: bool) -> None:
         commands = {
             "python test.py label_fraction=0.02": "the same encoder, fewer labels",
             "python test.py eval=finetune": "tune the encoder too",
-            "python main.py dataset=cifar10": "the benchmark",
+            "python main.py experiment=cifar10_cpu": "CIFAR-10 with a small budget",
         }
     commands[f"tensorboard --logdir {show_path(output_dir)}"] = "the curves of all runs"
     print_line("Next")

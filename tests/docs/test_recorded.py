@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from docs.pages import README, read
+from federation.test_hostile import HOSTILE
 from omegaconf import OmegaConf
 
 from benchmarks.accuracy import tables
@@ -62,7 +63,7 @@ def test_what_a_federation_is_worth_is_recorded():
 
     told = README.partition("What a federation is worth")[2].partition("## Start")[0]
     shown = re.findall(r"\d\d\.\d / \d\d\.\d", told)
-    names = ["five", "alone", "two-classes", "two-classes-alone", "central-steps"]
+    names = ["five", "two-classes", "alone", "two-classes-alone", "central-steps"]
     names += ["alone-steps", "of-20-20", "of-20-1", "of-20-steps-10"]
     assert shown == [both(name) for name in names]
 
@@ -148,7 +149,7 @@ def test_recorded_runs_tell_how_they_were_made():
 
 
 @pytest.mark.parametrize(
-    ("title", "count"), [("recipe", 4), ("5 clients a round, experiment `cifar10_sweep`", 5)]
+    ("title", "count"), [("recipe", 4), ("5 clients a round, `cifar10_sweep` as it was then", 5)]
 )
 def test_the_gains_are_recorded_trials(title, count):
     page = (ROOT / "docs" / "experiments.md").read_text()
@@ -286,7 +287,7 @@ def test_the_cost_of_a_simulation_is_the_recorded_one():
         f"{client['cuda_rss']:.0f} MB are of CUDA's",
         f"the start takes {run['startup_s']:.0f} s",
         f"{run['round_overhead_s']:.1f} s a round",
-        f"{client['pss']:.0f} MB where",
+        f"it is {client['pss']:.0f} MB",
     ):
         assert words in text, words
     memory = many["own_mb_by_round"]
@@ -317,6 +318,10 @@ def test_the_kills_and_faults_are_recorded():
     assert f"{kills['lost_rounds']} completed rounds lost, {kills['identical_ends']} ends" in text
     as_expected = sum(fault["ok"] for fault in faults)
     assert f"{len(faults)} faults injected into real runs, {as_expected} times" in text
+
+
+def test_the_kinds_of_hostile_updates_are_counted():
+    assert f"({len(HOSTILE)} kinds in one round" in read("docs/reliability.md")
 
 
 def test_the_hostile_clients_are_recorded():

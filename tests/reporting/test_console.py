@@ -223,7 +223,7 @@ Everything is in outputs/run
 Next
   python test.py label_fraction=0.02     the same encoder, fewer labels
   python test.py eval=finetune           tune the encoder too
-  python main.py dataset=cifar10         the benchmark
+  python main.py experiment=cifar10_cpu  CIFAR-10 with a small budget
   tensorboard --logdir outputs           the curves of all runs
 """
     )
