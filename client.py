@@ -283,7 +283,7 @@ def round_if_asked(identify: Identify, load: Load) -> Mod:
 
 
 def mask_if_asked(identify: Identify) -> Mod:
-    """Make the mod that masks an update where the run's settings say so, the last of the mods."""
+    """Make the mod that masks an update where the run's settings say so, after it was clipped."""
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         if is_masked(message):
@@ -302,7 +302,7 @@ def settings_of(config_text: str) -> DictConfig:
 
 
 def clip_if_asked(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Clip the update where the server wants it clipped, by Flower's mod: the last of the mods."""
+    """Clip the update where the server wants it, by Flower's mod, before a mask is put on."""
     if KEY_CLIPPING_NORM in message.content.config_records[CONFIG]:
         return fixedclipping_mod(message, context, call_next)
     return call_next(message, context)
@@ -516,13 +516,11 @@ def labels_reply(
         tune_at_site(network, *given)
         return {name: value.cpu() for name, value in network.state_dict().items()}
 
-    part = open_labelled(
-        client.config_text,
-        client.partition,
-        client.num_partitions,
-        client.labels_path or client.data_path,
-    )
-    content = answer_labels(message, context, client.partition, part, encode, tune)
+    def open_part() -> LabelledPart:
+        folder = client.labels_path or client.data_path
+        return open_labelled(client.config_text, client.partition, client.num_partitions, folder)
+
+    content = answer_labels(message, context, client.partition, open_part, encode, tune)
     return Message(content, reply_to=message)
 
 

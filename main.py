@@ -80,7 +80,7 @@ def prepare(config: DictConfig) -> tuple[ClientResources, ImageSet]:
         train, _ = split_held_out(rows, config.held_out)
         check_enough(method, len(train), partition)
     if image_set.labelled:
-        check_evaluable(image_set, config.eval.label_fraction, config.seed)
+        check_evaluable(image_set, config.eval.label_fraction, config.seed, config.eval.seeds)
     if config.resume is not None:
         wanted = continuation_of(config, image_set)
         checkpoint = check_continuation(wanted)

@@ -60,7 +60,7 @@ def prepare(settings: DictConfig) -> tuple[RunDirectory, DictConfig, ImageSet, P
     choose_images(config, settings)
     load_trained(config, checkpoint, choose_device())
     image_set = open_images(config, report=make_report(settings.quiet))
-    check_evaluable(image_set, settings.label_fraction, config.seed)
+    check_evaluable(image_set, settings.label_fraction, config.seed, settings.seeds)
     return run, config, image_set, checkpoint
 
 

@@ -41,6 +41,7 @@ from fedssl.federation.rounds import Federation, OnRound, ProgressCallback, Roun
 from fedssl.federation.secure.server import SecureSettings
 from fedssl.federation.statistics import whole_statistics
 from fedssl.federation.weights import Weighting
+from fedssl.files import writing_to
 from fedssl.methods.base import Method
 from fedssl.networks.encoder import Encoder, EncoderSettings, stem_for
 from fedssl.networks.state import load_state
@@ -58,7 +59,7 @@ from fedssl.training.schedule import Schedule
 if TYPE_CHECKING:  # a client, which imports this file for every message, evaluates nothing
     from fedssl.evaluation.base import Evaluation, EvaluationData
     from fedssl.reporting.sections import RunFacts, RunImages
-    from fedssl.runs.results import Result, Score
+    from fedssl.runs.results import Result
     from fedssl.sites.answers import LabelledPart
 
 Built = TypeVar("Built")
@@ -399,15 +400,17 @@ def build_federation(
     from fedssl.evaluation.monitor import KnnMonitor  # no client needs it
 
     backend = choose_backend(config.precision)
+    privacy = build_privacy(config)
     settings = RoundSettings(
         seed=config.seed,
         num_rounds=config.num_rounds,
+        last_round=privacy.rounds_within(config.num_rounds) if privacy else config.num_rounds,
         min_results=config.min_results,
         max_update_ratio=config.max_update_ratio or 0,
         weighting=Weighting(config.weighting, config.max_weight_ratio or 0),
         keep_checkpoints=config.keep_checkpoints,
         evaluate_every=config.evaluate_every,
-        projection_size=config.model.projection_size,
+        projection_size=config.method.get("projection_size", 0),
         secure=select(SecureSettings, config.secagg) if config.secure_aggregation else None,
         recompute_statistics=config.train.statistics == "recomputed",
         images=image_set.content if image_set else None,
@@ -421,7 +424,7 @@ def build_federation(
         )
     strategy, acts_on = build_strategy(plain(config.strategy)), config.strategy.acts_on
     key = noise_key or derive_seed(config.seed, "privacy").to_bytes(8, "big")
-    strategy = make_private(strategy, build_privacy(config), key)
+    strategy = make_private(strategy, privacy, key)
     method = build_method(config, backend.device)
     momentum = zero_momentum(method, build_train_settings(config).optimizer)
     return Federation(
@@ -471,12 +474,13 @@ def run_rounds(
             on_round(metrics)
 
         ended = federation.train(keep, on_progress)
-    encoder = federation.encoder()
-    resolution = build_schedule(config).eval_resolution(config.num_rounds)
-    run.save_encoder(encoder, resolution, name_of_images(config.dataset), federation.done)
+    encoder, done = federation.encoder(), federation.done
+    resolution = build_schedule(config).eval_resolution(done)
     title = f"{name_of(config.method)} on {name_of_images(config.dataset)}"
     file, loss_name = run.path / "loss_graph.png", federation.method.loss_name
-    draw_loss_graph(run.read_metrics(), file, title, loss_name)
+    with writing_to(run.path):
+        run.save_encoder(encoder, resolution, name_of_images(config.dataset), done)
+        draw_loss_graph(run.read_metrics(), file, title, loss_name)
     return ended
 
 
@@ -561,6 +565,7 @@ def evaluate_run(
 
     Raises:
         UserError: no labels, or a checkpoint of another architecture.
+        RuntimeError: files can't be written.
     """
     from fedssl.evaluation.protocol import evaluate
     from fedssl.runs.provenance import provenance
@@ -586,8 +591,9 @@ def evaluate_run(
         privacy=spent_privacy(run, config, round_number),
         own_images=load_checkpoint(checkpoint).images == image_set.content,
     )
-    run.add_result(result.to_json())
-    keep_classifier(run, config, method.encoder, result, image_set.class_names)
+    with writing_to(run.path):
+        run.add_result(result.to_json())
+        keep_classifier(run, config, method.encoder, result, image_set.class_names)
     return result
 
 
@@ -670,7 +676,7 @@ def evaluate_at_sites(
     encoders = {f"{TRAINED}{name_of(config.method)}": method.encoder}
     if protocol.baselines:
         encoders[RANDOM] = build_method(config, backend.device).encoder
-    rows: list[Score] = []
+    evaluations = []
     for name, encoder in encoders.items():
         try:
             asked = asking, name, encoder, classes, settings
@@ -681,7 +687,8 @@ def evaluate_at_sites(
             )
         except ValueError as error:
             raise RuntimeError(f"{error}{describe_failures(asking)}") from error
-        rows += evaluated.scores
+        evaluations.append(evaluated)
+    rows = [row for each in evaluations for row in each.scores]
     for line in dict.fromkeys(f"{each.who}: {each.reason}" for each in asking.failures):
         report(f"{WARNING}left out: {line}")
     first = (rows[0].sites or [{}])[0]
@@ -694,8 +701,8 @@ def evaluate_at_sites(
         dataset=title_of_images(config.dataset),
         protocol={key: protocol[key] for key in protocol if key not in UNRECORDED},
         round=round_number,
-        labelled_images=evaluated.labelled,
-        test_images=evaluated.tested,
+        labelled_images=evaluations[0].labelled,
+        test_images=evaluations[0].tested,
         rows=rows,
         seed=config.seed,
         checkpoint=checkpoint.name,
@@ -703,8 +710,9 @@ def evaluate_at_sites(
         measured=provenance(),
         privacy=spent_privacy(run, config, round_number),
     )
-    run.add_result(result.to_json())
-    keep_classifier(run, config, method.encoder, result, classes.names)
+    with writing_to(run.path):
+        run.add_result(result.to_json())
+        keep_classifier(run, config, method.encoder, result, classes.names)
     return result
 
 

@@ -40,6 +40,19 @@ def replacing(file: Path) -> Iterator[Path]:
     sync_folder(file.parent)
 
 
+@contextmanager
+def writing_to(place: Path) -> Iterator[None]:
+    """Say in a line where something can't be written.
+
+    Raises:
+        RuntimeError: instead of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RuntimeError(f"can't write to {place}: {error.strerror or error}") from error
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder survive a power cut, where the system can."""
     if os.name == "nt":

@@ -84,7 +84,11 @@ def check_run_config(text: str, overrides: Sequence[str]) -> dict[str, Any]:
         UserError: not readable, an unknown key, or a wrong Hydra override.
     """
     values = _read_pairs("--run-config", text, ("hydra-overrides",))
-    joined = [*shlex.split(str(values.get("hydra-overrides", ""))), *overrides]
+    given = str(values.get("hydra-overrides", ""))
+    try:
+        joined = [*shlex.split(given), *overrides]
+    except ValueError as error:
+        raise UserError(f"hydra-overrides={given}: {error}; close the quotes") from error
     overrides, notices = modernize_overrides(joined)
     for notice in notices:
         print(notice, file=sys.stderr)
@@ -176,7 +180,7 @@ def check_link(given: Namespace) -> SuperLinkAddress:
         certificates = check_file("--root-certificates", certificates)
         try:
             ssl.create_default_context(cafile=certificates)
-        except ssl.SSLError as error:
+        except OSError as error:
             raise UserError(
                 f"--root-certificates={certificates}: no certificate in PEM form"
             ) from error
@@ -187,7 +191,7 @@ def check_link(given: Namespace) -> SuperLinkAddress:
         certificate = check_file("--certificate", certificate)
         try:
             ssl.create_default_context().load_cert_chain(certificate, password="")
-        except ssl.SSLError as error:
+        except OSError as error:
             raise UserError(
                 f"--certificate={certificate}: must hold a certificate and its key, in PEM form "
                 "and without a password"
@@ -196,7 +200,12 @@ def check_link(given: Namespace) -> SuperLinkAddress:
 
 
 def check_file(flag: str, file: Path) -> Path:
-    """Make sure that a file is there; make its path absolute."""
-    if not file.expanduser().is_file():
-        raise UserError(f"{flag}={file}: no such file")
-    return file.expanduser().resolve()
+    """Make sure that a file is there and ours to read; make its path absolute."""
+    file = file.expanduser()
+    try:
+        if not file.is_file():
+            raise UserError(f"{flag}={file}: no such file")
+        file.open("rb").close()
+        return file.resolve()
+    except OSError as error:
+        raise UserError(f"{flag}={file}: can't be read ({error.strerror})") from error

@@ -19,6 +19,7 @@ def remove_nodes(folder: Path, nodes: Sequence[str]) -> None:
     Raises:
         UserError: there is no such node.
     """
+    nodes = list(dict.fromkeys(nodes))
     for name in nodes:
         check_node_name(name)
         if not (folder / f"{name}.pub").exists():

@@ -3,8 +3,10 @@
 import http.client
 import ssl
 import time
+from base64 import b64encode
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 PROBE_TIMEOUT_S = 5.0
@@ -41,11 +43,16 @@ class SuperLinkAddress:
     @property
     def proxy(self) -> str:
         """Say through which HTTP proxy Flower's connections go, for the end of a line; or ""."""
+        url = self._proxy_url
+        return f", by the proxy {hide_password(url)}" if url else ""
+
+    @property
+    def _proxy_url(self) -> str:
+        """Give the URL of the HTTP proxy that leads there, as Flower's connections choose it."""
         if proxy_bypass(self.host):
             return ""
         proxies = getproxies()
-        url = proxies.get("http" if self.insecure else "https") or proxies.get("all")
-        return f", by the proxy {hide_password(url)}" if url else ""
+        return proxies.get("http" if self.insecure else "https") or proxies.get("all") or ""
 
     def probe(self) -> None:
         """Ask for a sign of life: any answer but a broken server's or an orphaned proxy's.
@@ -55,9 +62,11 @@ class SuperLinkAddress:
             ConnectionRefused: somebody does, but without TLS, only with TLS, with a
                 certificate that is not trusted, or wants another one from us.
         """
-        connection = self._connection()
+        if self._proxy_url.startswith("https:"):
+            return  # a proxy that wants TLS itself is left to Flower
+        connection, target, headers = self._connection()
         try:
-            connection.request("GET", PROBE)
+            connection.request("GET", target, headers=headers)
             answer = connection.getresponse()
             body = answer.read(BODY_BYTES).decode(errors="replace")
         except ssl.SSLCertVerificationError as error:
@@ -95,14 +104,28 @@ class SuperLinkAddress:
                 "it only takes encrypted connections; replace --insecure by --root-certificates"
             )
 
-    def _connection(self) -> http.client.HTTPConnection:
+    def _connection(self) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
+        """Prepare a connection, perhaps by a proxy; give what to ask it for, and with what headers.
+
+        Unencrypted requests go to the proxy itself, encrypted ones through a tunnel.
+        """
         where = (self.host, int(self.address.rpartition(":")[2]))
+        url = self._proxy_url
+        proxy = urlsplit(url if "://" in url else f"http://{url}")
+        near = (proxy.hostname or "", proxy.port or 80) if url else where
+        known = f"{unquote(proxy.username or '')}:{unquote(proxy.password or '')}".encode()
+        login = {"Proxy-Authorization": f"Basic {b64encode(known).decode()}"}
+        headers = login if proxy.username else {}
         if self.insecure:
-            return http.client.HTTPConnection(*where, timeout=PROBE_TIMEOUT_S)
+            target = f"http://{self.address}{PROBE}" if url else PROBE
+            return http.client.HTTPConnection(*near, timeout=PROBE_TIMEOUT_S), target, headers
         context = ssl.create_default_context(cafile=self.root_certificates)
         if self.certificate:
             context.load_cert_chain(self.certificate)
-        return http.client.HTTPSConnection(*where, timeout=PROBE_TIMEOUT_S, context=context)
+        connection = http.client.HTTPSConnection(*near, timeout=PROBE_TIMEOUT_S, context=context)
+        if url:
+            connection.set_tunnel(*where, headers=headers)
+        return connection, PROBE, {}
 
     def _wrong_certificate(self, reason: str) -> str:
         if self.certificate:
@@ -184,6 +207,6 @@ def unreachable(link: SuperLinkAddress, error: Exception) -> str:
         return f"the SuperLink at {link.address} refuses: {error}"
     reason = getattr(error, "strerror", None) or str(error)
     return (
-        f"no SuperLink at {link.address} ({reason}); start one with flower-superlink, or give "
-        "its address with --superlink HOST:PORT"
+        f"no SuperLink at {link.address}{link.proxy} ({reason}); start one with flower-superlink, "
+        "or give its address with --superlink HOST:PORT"
     )

@@ -154,8 +154,8 @@ class Evaluation(ABC):
         return {name: getattr(self, name) for name in names}
 
 
-def check_evaluable(image_set: ImageSet, label_fraction: float, seed: int) -> None:
-    """Make sure that there are labels, and enough of them, before any work starts.
+def check_evaluable(image_set: ImageSet, label_fraction: float, seed: int, num_seeds: int) -> None:
+    """Make sure that there are labels, and enough of them in each draw, before any work starts.
 
     Raises:
         UserError: no labelled test images, too few training labels, or those of one class.
@@ -164,7 +164,9 @@ def check_evaluable(image_set: ImageSet, label_fraction: float, seed: int) -> No
     _require_labels(image_set.train)
     if not image_set.labelled:
         raise UserError("these labels are all of one class, so there is nothing to tell apart")
-    draw_labelled(_require_labels(image_set.train).labels, label_fraction, seed)
+    labels = _require_labels(image_set.train).labels
+    for draw in range(num_seeds):
+        draw_labelled(labels, label_fraction, draw_seed(seed, draw))
 
 
 def draw_labelled(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

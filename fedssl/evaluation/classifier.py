@@ -53,12 +53,20 @@ def fit(
     batches = -(-len(targets) // settings.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * batches)
     for _ in range(settings.epochs):
-        for rows in torch.randperm(len(targets), generator=generator).chunk(batches):
+        for rows in deal_batches(torch.randperm(len(targets), generator=generator), batches):
             loss = F.cross_entropy(logits_of(rows), targets[rows.to(targets.device)])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             schedule.step()
+
+
+def deal_batches(order: Tensor, count: int) -> list[Tensor]:
+    """Cut rows (N,) into so many batches, or fewer; none has one row, which BatchNorm refuses."""
+    batches = list(order.chunk(count))
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
 
 
 def zero_linear(features: int, classes: int, device: torch.device) -> nn.Linear:

@@ -1,4 +1,4 @@
-"""The kNN accuracy after every round, on training images; the test set stays unseen."""
+"""The kNN accuracy at every evaluation, on training images; the test set stays unseen."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ BATCH_SIZE = 256
 
 @dataclass(frozen=True)
 class KnnMonitor:
-    """Classifies some training images by others, the same after every round.
+    """Classifies some training images by others, the same at every evaluation.
 
     Attributes:
         images: training images with labels.

@@ -11,7 +11,8 @@ import torch
 from flwr.app import Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedssl.federation.messages import ARRAYS, METRICS, read_state
+from fedssl.errors import printable
+from fedssl.federation.messages import ARRAYS, MAX_REASON, METRICS, read_state
 from fedssl.federation.nodes import Answer
 from fedssl.runs.metrics import ClientMetrics, Failure
 from fedssl.training.optimizers import MOMENTUM
@@ -91,7 +92,7 @@ def read_replies(
             found.append(read(partition, answer.reply))
         except ValueError as error:
             reason = str(error).removeprefix(f"partition {partition}: ")
-            failures.append(Failure(partition, reason))
+            failures.append(Failure(partition, printable(reason)[:MAX_REASON]))
     return found, failures
 
 
@@ -179,7 +180,10 @@ def reject_odd_metrics(updates: Sequence[Update]) -> tuple[list[Update], list[Fa
         odd = min(names ^ usual)
         lack = "have" if odd in names else "lack"
         failures.append(
-            Failure(update.partition, f"its metrics {lack} {odd}, unlike those of most clients")
+            Failure(
+                update.partition,
+                f"its metrics {lack} {printable(odd)[:MAX_REASON]}, unlike those of most clients",
+            )
         )
     return kept, failures
 

@@ -7,7 +7,9 @@ serves where there is no folder: it would be in memory once for each virtual cli
 process has five seconds to hand it back as it ends, too few for a large model beside other work.
 """
 
+import os
 import shutil
+import time
 from collections.abc import Collection
 from pathlib import Path
 
@@ -22,7 +24,8 @@ from fedssl.runs.directory import RunDirectory
 
 KEPT = "kept"  # in `context.state`
 LEFT = "left"  # what rounding has left of updates: its record in the state, and its folder
-RUNS = 3  # whose arrays a node keeps
+RUNS = 3  # whose arrays a node keeps, however old; and those of all that were asked lately
+LATELY_S = 7 * 24 * 3600
 
 
 class Keeping:
@@ -98,15 +101,30 @@ def folder_of(clients: Path, partition: int) -> Path:
 
 
 def folder_at_node(cache: Path, run: str) -> Path:
-    """Give the folder of a run's clients at a node, and drop those of long-gone runs."""
+    """Give the folder of a run's clients at a node, and drop those of long-gone runs.
+
+    Other nodes on this machine may do the same at the same time.
+    """
     clients = cache / "clients"
     own = clients / run
-    if not own.is_dir():
-        own.mkdir(parents=True, mode=0o700)
-        newest = sorted(clients.iterdir(), key=lambda folder: folder.stat().st_mtime)
+    if new := not own.is_dir():
+        own.mkdir(parents=True, mode=0o700, exist_ok=True)
+    os.utime(own)
+    if new:
+        used = {folder: _last_use(folder) for folder in clients.iterdir()}
+        newest = sorted(used, key=used.__getitem__)
         for folder in newest[:-RUNS]:
-            shutil.rmtree(folder, ignore_errors=True)
+            if used[folder] < time.time() - LATELY_S:
+                shutil.rmtree(folder, ignore_errors=True)
     return own
+
+
+def _last_use(folder: Path) -> float:
+    """Tell when a run's folder was last asked for; now, where another node has just dropped it."""
+    try:
+        return folder.stat().st_mtime
+    except FileNotFoundError:
+        return time.time()
 
 
 def check_kept(run: RunDirectory, done: int, part: str = ".") -> None:

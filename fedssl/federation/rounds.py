@@ -13,7 +13,7 @@ from flwr.serverapp.exception import PrivacyBudgetExhausted
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from fedssl.errors import name_some
+from fedssl.errors import UserError, name_some
 from fedssl.federation.aggregation import ActsOn, aggregate, arrays_for_strategy
 from fedssl.federation.guards import (
     Update,
@@ -44,6 +44,7 @@ from fedssl.federation.statistics import (
 )
 from fedssl.federation.strategy_state import load_strategy_state_dict, strategy_state_dict
 from fedssl.federation.weights import Weighting
+from fedssl.files import writing_to
 from fedssl.methods.base import Method
 from fedssl.networks.encoder import Encoder
 from fedssl.networks.state import load_state
@@ -60,7 +61,7 @@ ProgressCallback = Callable[[Progress], None]
 
 
 class Monitor(Protocol):
-    """What measures the encoder after every round, on the server."""
+    """What measures the encoder at every evaluation, on the server."""
 
     def accuracy(self, encoder: Encoder, round_number: int) -> float:
         """Give the top-1 accuracy, 0 to 1."""
@@ -77,6 +78,7 @@ class RoundSettings:
         secure: how updates are masked; None leaves them open to the server.
         keep_checkpoints: so many of the newest stay.
         evaluate_every: rounds from one evaluation to the next; the last round has one, too.
+        last_round: that a limit of privacy allows, or `num_rounds`.
         projection_size: numbers of a projection.
         recompute_statistics: whether clients measure BatchNorm's statistics anew after
             averaging, see fedssl/training/statistics.py.
@@ -86,6 +88,7 @@ class RoundSettings:
 
     seed: int
     num_rounds: int
+    last_round: int
     min_results: int
     max_update_ratio: float
     keep_checkpoints: int
@@ -98,7 +101,7 @@ class RoundSettings:
 
     def evaluates(self, round_number: int) -> bool:
         """Tell whether a round ends with an evaluation."""
-        return round_number % self.evaluate_every == 0 or round_number == self.num_rounds
+        return round_number % self.evaluate_every == 0 or round_number == self.last_round
 
 
 class Federation:
@@ -138,7 +141,10 @@ class Federation:
             self._note_sizes(metrics)
         if checkpoint:
             load_state(self.method, checkpoint.state)
-            load_strategy_state_dict(self.strategy, checkpoint.strategy)
+            try:
+                load_strategy_state_dict(self.strategy, checkpoint.strategy)
+            except ValueError as error:
+                raise UserError(f"resume={run.path}: {error}; start a new run") from error
             self.momentum |= split_momentum(checkpoint.beside)[1]
             self.whole = whole_statistics(checkpoint.beside)
             self.told = unflatten(checkpoint.beside)
@@ -158,12 +164,11 @@ class Federation:
             RuntimeError: too few clients, or files can't be written.
         """
         try:
-            for round_number in range(self.done + 1, self.settings.num_rounds + 1):
-                metrics = self._round(round_number, on_progress)
-                self._keep(metrics)
-                on_round(metrics)
-        except OSError as error:
-            raise RuntimeError(f"can't write to {self.run.path}: {error.strerror}") from error
+            with writing_to(self.run.path):
+                for round_number in range(self.done + 1, self.settings.num_rounds + 1):
+                    metrics = self._round(round_number, on_progress)
+                    self._keep(metrics)
+                    on_round(metrics)
         except PrivacyBudgetExhausted as ended:
             return str(ended)
         return None
@@ -188,6 +193,8 @@ class Federation:
         updates, failures = self._train(round_number, on_progress)
         trained = time.perf_counter()
         evaluates = self.settings.evaluates(round_number)
+        if not evaluates:
+            self.whole = {}  # those that there are belong to earlier weights
         evaluations, absent = self._evaluate(round_number, on_progress) if evaluates else ([], [])
         evaluated = time.perf_counter()
         monitor = self.monitor if evaluates else None
@@ -251,7 +258,7 @@ class Federation:
     ) -> tuple[list[Update], list[Failure]]:
         """Train the sampled clients, of whose updates nobody learns more than the mean."""
         messages = self._requests(round_number, MessageType.TRAIN)
-        start = self._travels(MessageType.TRAIN)
+        start = {name: value.cpu() for name, value in self._travels(MessageType.TRAIN).items()}
         on_replies = _tell(on_progress, MessageType.TRAIN, len(messages))
         weighting, run = self.settings.weighting, self.run.identity
         given = SecureRound(self.nodes, secure, weighting, round_number, run).collect(

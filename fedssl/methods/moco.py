@@ -38,8 +38,9 @@ class MoCo(Projected):
         Args:
             temperature: of InfoNCE, above 0.
             momentum: of the key encoder, from 0 to 1.
-            queue_size: keys that each head's queue holds; no client may have fewer images,
-                whose keys would be negatives of their own.
+            queue_size: keys that each head's queue holds; no client may have fewer images. As
+                an epoch begins the queue holds keys of the last images of the one before, so with
+                few images an image may meet its own.
             projection_hidden, projection_size, deep_supervision: see `Projected`.
         """
         super().__init__(encoder, projection_hidden, projection_size, deep_supervision)

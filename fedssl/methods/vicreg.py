@@ -48,7 +48,9 @@ class VICReg(Projected):
 def vicreg(
     projections: Tensor, invariance: float = 25, variance: float = 25, covariance: float = 1
 ) -> Tensor:
-    """Compute equation 6 of the VICReg paper, in float32 whatever the dtype.
+    """Compute the loss of VICReg as its authors' code does, in float32 whatever the dtype.
+
+    Unlike in equation 6, the invariance is divided by D, and the terms of variance are averaged.
 
     Args:
         projections: (2B, D), B >= 2 images; rows i and i + B are the two views of one image.

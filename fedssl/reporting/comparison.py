@@ -18,6 +18,8 @@ from fedssl.runs.results import TRAINED
 from fedssl.runs.resume import HARMLESS, HARMLESS_GROUPS
 
 MAIN_METRIC = "linear head, 10 %"
+# Harmless for going on with a run, and still something by which runs are told apart.
+CHANGES_SCORES = ("num_rounds", "precision", "max_update_ratio", "max_weight_ratio")
 SEED = "seed"
 # What goes with a choice says nothing new: it counts only where runs of the same choice differ.
 LEADERS = {
@@ -41,7 +43,8 @@ def find_runs(places: Sequence[Path]) -> list[RunDirectory]:
     for place in places:
         configs = sorted(place.rglob("config.yaml"))
         # `latest` is a run once more, under another name.
-        runs = [c.parent for c in configs if place.name == LATEST or LATEST not in c.parts]
+        within = {c.parent: c.relative_to(place).parts for c in configs}
+        runs = [folder for folder, parts in within.items() if LATEST not in parts]
         if not runs:
             raise UserError(f"{place}: no run there or below; give directories of runs of main.py")
         found |= {run.resolve(): RunDirectory(run) for run in runs}
@@ -57,7 +60,7 @@ def read_settings(run: RunDirectory) -> dict[str, Any]:
     leaves = flatten(run.load_config())
     titles = [r["dataset"] for r in run.read_results() if r.get("own_images") and "dataset" in r]
     leaves["dataset.name"] = titles[-1] if titles else leaves["dataset.name"]
-    kept = HARMLESS - {"num_rounds", "precision", "max_update_ratio", "max_weight_ratio"}
+    kept = HARMLESS - {*CHANGES_SCORES, "evaluate_every"}
     return {
         key: str(value) if isinstance(value, list) else value
         for key, value in leaves.items()
@@ -90,7 +93,7 @@ def read_scores(run: RunDirectory, namesakes: Container[str] = ()) -> dict[str, 
 def _read_scores(run: RunDirectory, namesakes: Container[str]) -> dict[str, float]:
     scores = {}
     trained_on = run.load_config().dataset.name or NAMELESS
-    for result in run.read_results():
+    for result in sorted(run.read_results(), key=lambda result: result.get("round", 0)):
         labels = f"{100 * result['protocol']['label_fraction']:g} %"
         dataset = result.get("dataset", trained_on)
         if not result.get("own_images", dataset == trained_on):
@@ -134,7 +137,10 @@ def gather(runs: Sequence[RunDirectory]) -> tuple[pd.DataFrame, list[str], list[
     every = pd.DataFrame([settings for settings, _ in rows])
     differing = [key for key in map(str, every) if key != SEED and _tells(key, every)]
     frame = every[[*differing, SEED]] if rows else every
-    return pd.concat([frame, pd.DataFrame([s for _, s in rows])], axis=1), differing, empty
+    # A run that was repeated tells nothing about the spread over seeds: the newest counts.
+    kept = ~frame.duplicated(keep="last") if rows else slice(None)
+    joined = pd.concat([frame, pd.DataFrame([s for _, s in rows])], axis=1)
+    return joined[kept].reset_index(drop=True), differing, empty
 
 
 def _tells(key: str, settings: pd.DataFrame) -> bool:

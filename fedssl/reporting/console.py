@@ -137,7 +137,7 @@ class RoundProgress(Waiting):
             _complain(margin + line, "error", self.quiet)
         for warning in metrics.warnings:
             _complain(f"{margin}{WARNING}{warning}", "warning", self.quiet)
-        if metrics.seconds and metrics.seconds_train is not None:
+        if metrics.seconds and metrics.seconds_train is not None and metrics.eval_loss is not None:
             self.train_share = metrics.seconds_train / metrics.seconds
         self.done = metrics.round
         self.what = "starting" if self.done < self.num_rounds else "finishing"

@@ -203,12 +203,12 @@ def picture_knn(rounds: Rounds, file: Path) -> Picture:
     """Draw the kNN accuracy over rounds."""
     title = "kNN accuracy"
     if all(metrics.knn is None for metrics in rounds):
-        return Picture(title, "Left out: the server has no labelled images.")
+        return Picture(title, "Left out: it was never measured; that takes labelled images.")
     draw_knn(rounds, file)
     return Picture(
         title,
-        "How many training images have the class of their nearest neighbours, after every "
-        "round. The test set stays unseen until the end.",
+        "How many training images have the class of their nearest neighbours, at every "
+        "evaluation. The test set stays unseen until the end.",
         file,
     )
 
@@ -310,7 +310,7 @@ def picture_representation(rounds: Rounds, file: Path) -> Picture:
     """Draw what tells a collapse."""
     title = "Metrics of the representation"
     if all(getattr(metrics, key) is None for metrics in rounds for key, _, _ in REPRESENTATION):
-        return Picture(title, "Left out: no client reported it.")
+        return Picture(title, "Left out: no client has reported it.")
     draw_representation(rounds, file)
     return Picture(
         title,

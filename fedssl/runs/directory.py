@@ -3,8 +3,8 @@
 import json
 import os
 import secrets
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
 from typing import IO, Any
@@ -223,9 +223,10 @@ class RunDirectory:
         write_atomically(self.path / CLASSIFIER_FILE, data)
 
     def add_result(self, result: Mapping[str, Any]) -> None:
-        """Append an evaluation to results.json, which keeps them all."""
-        text = json.dumps([*self.read_results(), result], indent=2)
-        write_atomically(self.results, text.encode())
+        """Append an evaluation to results.json, which keeps them all, also two at the same time."""
+        with _alone_in(self.path):
+            text = json.dumps([*self.read_results(), result], indent=2)
+            write_atomically(self.results, text.encode())
 
     def read_results(self) -> list[dict[str, Any]]:
         """Read the evaluations so far.
@@ -249,6 +250,17 @@ class RunDirectory:
             ) from error
 
 
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process is here with the same folder, and keep others waiting."""
+    with ExitStack() as opened:
+        if fcntl is not None:
+            descriptor = os.open(folder, os.O_RDONLY)
+            opened.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+
+
 def _claim(path: Path) -> Path:
     """Make a directory for a run and no other: PATH, else PATH-2, PATH-3, ..."""
     for place in chain([path], (path.with_name(f"{path.name}-{n}") for n in count(2))):
@@ -262,5 +274,12 @@ def _claim(path: Path) -> Path:
 def _point_latest(link: Path, run: Path) -> None:
     temporary = link.with_name(f".{LATEST}.{uuid4().hex[:8]}")
     link.parent.mkdir(parents=True, exist_ok=True)
-    temporary.symlink_to(os.path.relpath(run, link.parent), target_is_directory=True)
-    os.replace(temporary, link)
+    try:
+        temporary.symlink_to(os.path.relpath(run, link.parent), target_is_directory=True)
+        os.replace(temporary, link)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"output_dir={link.parent}: {link.name} can't be a link to the newest run "
+            f"({error.strerror}); move what is there, or give another output_dir"
+        ) from error

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedssl.config.compose import flatten, flatten_mapping, load_config
+from fedssl.config.compose import flatten, flatten_mapping, load_config, quote
 from fedssl.errors import WARNING, UserError
 from fedssl.files import remove_partial
 from fedssl.runs.checkpoints import (
@@ -79,7 +79,7 @@ def with_earlier_overrides(arguments: Sequence[str]) -> list[str]:
     run = Continuation(config.resume, config.output_dir, 1, {}, None).find_run()
     given = {_key(argument) for argument in arguments}
     kept = [override for override in run.read_overrides() if _key(override) not in given]
-    place = [] if "run_dir" in given else [f"run_dir='{run.path}'"]
+    place = [] if "run_dir" in given else [f"run_dir={quote(str(run.path))}"]
     return [*kept, *arguments, *place]
 
 
@@ -108,7 +108,15 @@ def check_continuation(wanted: Continuation) -> Checkpoint | None:
             f"num_rounds={wanted.num_rounds}: the run has done {checkpoint.round}; give at least "
             "that, or more to go on"
         )
-    if checkpoint.round == wanted.num_rounds and results:
+    row, every = checkpoint.metrics, wanted.settings.get("evaluate_every", 1)
+    unmeasured = row is not None and row.eval_loss is None and row.knn is None
+    if checkpoint.round == wanted.num_rounds and checkpoint.round % every and unmeasured:
+        raise UserError(
+            f"num_rounds={wanted.num_rounds}: the run has done {checkpoint.round} and did not "
+            f"evaluate the last one (evaluate_every={every}); give at least {checkpoint.round + 1}"
+        )
+    evaluated = any(result.get("round") == checkpoint.round for result in results)
+    if checkpoint.round == wanted.num_rounds and evaluated:
         raise UserError(
             f"resume={wanted.resume}: all {wanted.num_rounds} rounds are done and evaluated; give "
             "more num_rounds to go on"
@@ -176,7 +184,7 @@ def reopen(
     run = wanted.find_run()
     run.lock()
     check_continuation(wanted)
-    clients = [folder for folder in run.clients.glob("*") if folder.is_dir()]
+    clients = [folder for folder in run.clients.rglob("*") if folder.is_dir()]
     for folder in (run.path, run.checkpoints, *clients):
         for name in remove_partial(folder):
             report(f"{name} was being written when the run ended; its earlier state counts")

@@ -62,12 +62,18 @@ Tune = Callable[[State, np.ndarray, np.ndarray, TuneSettings, int, int], State]
 
 
 def answer_labels(
-    message: Message, context: Context, site: int, part: LabelledPart, encode: Encode, tune: Tune
+    message: Message,
+    context: Context,
+    site: int,
+    open_part: Callable[[], LabelledPart],
+    encode: Encode,
+    tune: Tune,
 ) -> RecordDict:
     """Answer a step.
 
     Args:
         site: its number.
+        open_part: opens its labelled images, which most steps need not.
         encode: gives float32 (N, D) of uint8 (N, 3, S, S) by an encoder with some state.
         tune: trains for a round, see `tune_at_site`.
 
@@ -77,12 +83,14 @@ def answer_labels(
     request = message.content.config_records[CONFIG]
     step = str(request[STEP])
     if step == "classes":
-        return _tell_classes(part)
+        return _tell_classes(open_part())
     if step == "features":
         state = read_array_record(message.content)
-        return _keep_features(request, context, site, part, lambda pixels: encode(state, pixels))
+        return _keep_features(
+            request, context, site, open_part(), lambda pixels: encode(state, pixels)
+        )
     if step == "tune":
-        return _tune(request, site, part, read_array_record(message.content), tune)
+        return _tune(request, site, open_part(), read_array_record(message.content), tune)
     draw = int(str(request[DRAW]))
     here = _site_of(context, draw)
     if step == "sums":

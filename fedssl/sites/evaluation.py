@@ -75,9 +75,11 @@ class EvaluationAtSites(ClassifierEvaluation):
             )
             for number, (bank, drawn, tested) in enumerate(zip(banks, draw, dealt, strict=True))
         }
-        if not any(len(site.labels) for site in sites.values()):
+        drawn_classes = {label for site in sites.values() for label in site.labels.tolist()}
+        if len(drawn_classes) < 2:
+            lacking = "a second class" if drawn_classes else "a class"
             raise UserError(
-                f"min_images={self.min_images}: no site draws so many labels of a class; "
+                f"min_images={self.min_images}: no site draws so many labels of {lacking}; "
                 "lower it, or raise label_fraction"
             )
         return sites

@@ -62,6 +62,7 @@ class FederatedFineTuning(EvaluationAtSites):
 
         Raises:
             UserError: no site draws enough labels of a class.
+            RuntimeError: the loss is not finite any more.
         """
         test = data.features(encoder, data.test.pixels)
         draws = [self.draw(data, seed) for seed in data.seeds]
@@ -74,7 +75,10 @@ class FederatedFineTuning(EvaluationAtSites):
             (frozen,) = score(asked, [head])
             network = Classifying(copy.deepcopy(encoder), data.num_classes)
             begun = begin_with(encoder.state_dict(), head)
-            state, tuned = take_apart(self.tune(network, begun, draw, data, seed))
+            try:
+                state, tuned = take_apart(self.tune(network, begun, draw, data, seed))
+            except FloatingPointError as error:
+                raise RuntimeError(str(error)) from error
             load_state(network.encoder, state)
             tuned_test = data.features(network.encoder, data.test.pixels)
             (again,) = self.encode_sites(network.encoder, [draw], tuned_test, data)

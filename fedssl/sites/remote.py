@@ -11,6 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
 from fedssl.federation.guards import (
+    MAX_EXAMPLES,
     check_num_examples,
     check_state,
     read_metrics,
@@ -34,6 +35,9 @@ from fedssl.sites.answers import (
 from fedssl.sites.site import Counts, HeadSettings, Sites, Trained, TuneSettings
 from fedssl.sites.sums import BINS, TEMPERATURES, Head, Judgement, Sums, unpack_sums
 from fedssl.sites.tuning import State, Tuned
+
+MOST_CLASSES = 10_000
+LONGEST_NAME = 255  # of a class: as long as a folder's
 
 Read = TypeVar("Read")
 ConfigValue = str | int | float
@@ -135,10 +139,14 @@ def meet_classes(asking: Asking) -> Classes:
         read_metrics(content, ("num-examples", "num-tested"))
         try:
             names = json.loads(str(content.config_records[CONFIG][CLASSES]))
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, RecursionError) as error:
             raise ValueError("the reply names no classes") from error
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("the classes are no names")
+        if len(names) > MOST_CLASSES:
+            raise ValueError(f"it names {len(names):,} classes; at most {MOST_CLASSES:,} are read")
+        if odd := [name for name in names if len(name) > LONGEST_NAME or not name.isprintable()]:
+            raise ValueError(f"class {odd[0][:20]!r} has a name that is too long or can't be shown")
         return names
 
     classes = Classes(asking.ask("classes", read))
@@ -198,10 +206,14 @@ def spread_encoder(
 
     def read(site: int, content: RecordDict) -> Told:
         told = read_metrics(content, ("num-examples", "num-tested"))
+        for name, value in told.items():
+            if not 0 <= value <= MAX_EXAMPLES:
+                raise ValueError(f"{name} is {value:g}")
         left_out = content.metric_records[METRICS].get("left-out")
-        if not isinstance(left_out, list) or len(left_out) != len(settings.seeds):
+        counts = left_out if isinstance(left_out, list) else []
+        if len(counts) != len(settings.seeds) or any(type(count) is not int for count in counts):
             raise ValueError("the reply does not tell which classes it leaves out")
-        counts = [min(max(int(count), 0), len(classes.keys)) for count in left_out]
+        counts = [min(max(int(count), 0), len(classes.keys)) for count in counts]
         return Told(int(told["num-examples"]), int(told["num-tested"]), counts)
 
     return asking.ask("features", read, config, encoder=ArrayRecord(dict(encoder)))
@@ -275,6 +287,7 @@ class RemoteSites(Sites):
         """
         self.asking, self.numbers, self.seed = asking, sorted(told), seed
         self._left_out = {site: each.left_out[draw] for site, each in told.items()}
+        self._tested = {site: each.tested for site, each in told.items()}
         self.config: dict[str, ConfigValue] = {DRAW: draw}
         self.size, self.classes = size, classes
         self.images: dict[int, int] = {}
@@ -354,6 +367,8 @@ class RemoteSites(Sites):
             images = told["confusion"].sum(axis=(1, 2))
             if not np.array_equal(images, told["reliability"][..., 0].sum(axis=1)):
                 raise ValueError("confusion and reliability count different images")
+            if (images != self._tested[site]).any():
+                raise ValueError(f"it counts other images than its {self._tested[site]} for tests")
             return list(map(Counts, told["confusion"], told["reliability"]))
 
         arrays = dict.fromkeys(self.numbers, stack_heads(heads))

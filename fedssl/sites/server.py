@@ -1,6 +1,6 @@
 """The server's side of an evaluation at the sites."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -51,13 +51,15 @@ def evaluate_encoder(
     """
     told = spread_encoder(asking, _state_of(encoder), classes, settings)
     scores: dict[str, list[SiteScores]] = {}
+    taking_part: list[Told] = []
     for draw, seed in enumerate(settings.seeds):
         sites = RemoteSites(asking, told, draw, seed, encoder.feature_size, len(classes.keys))
         for what, found in score_heads(sites, settings.folds, training).items():
             scores.setdefault(what, []).append(found)
+        taking_part = taking_part or [told[site] for site in sites.numbers]
     digest = state_digest(encoder)
     rows = [to_score(name, what, found, digest) for what, found in scores.items()]
-    return Evaluated(rows, *_count(told))
+    return Evaluated(rows, *_count(taking_part))
 
 
 def tune_encoder(
@@ -75,11 +77,13 @@ def tune_encoder(
     state, shape = _state_of(encoder), (encoder.feature_size, len(classes.keys))
     told = spread_encoder(asking, state, classes, settings)
     heads, frozen = [], []
+    taking_part: list[Told] = []
     for draw, seed in enumerate(settings.seeds):
         sites = RemoteSites(asking, told, draw, seed, *shape)
         _, head = fit_from_sums(sites, settings.folds)
         heads.append(head)
         frozen += score(sites, [head])
+        taking_part = taking_part or [told[site] for site in sites.numbers]
     scores: dict[str, list[SiteScores]] = {}
     first: Mapping[str, Tensor] = {}
     for seed, head in zip(settings.seeds, heads, strict=True):
@@ -96,16 +100,17 @@ def tune_encoder(
         to_score(name, what, found, tuned=first if what == TUNED else None)
         for what, found in scores.items()
     ]
-    return Evaluated(rows, *_count(told))
+    return Evaluated(rows, *_count(taking_part))
 
 
 def _state_of(encoder: Encoder) -> dict[str, Tensor]:
     return {name: value.detach().cpu() for name, value in encoder.state_dict().items()}
 
 
-def _count(told: Mapping[int, Told]) -> tuple[int, int]:
-    """Add up labelled and test images of all sites."""
-    return sum(each.labelled for each in told.values()), sum(each.tested for each in told.values())
+def _count(told: Iterable[Told]) -> tuple[int, int]:
+    """Add up labelled and test images of sites."""
+    labelled, tested = zip(*((each.labelled, each.tested) for each in told), strict=True)
+    return sum(labelled), sum(tested)
 
 
 def describe_failures(asking: Asking) -> str:

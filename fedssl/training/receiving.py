@@ -13,6 +13,7 @@ from fedssl.methods.base import Method
 PREDICTORS = "predictors."  # before the names of a method's predictors, if it has any
 ENCODER = "encoder."
 RATE = "rate"
+APART = 1e-3  # of the global weights' length: nearer is nothing but rounding
 
 State = Mapping[str, Tensor]
 
@@ -63,7 +64,8 @@ class FedEMA(Receiving):
     Zhuang et al., "Divergence-aware Federated Self-Supervised Learning",
     https://arxiv.org/abs/2204.04385: the share of its own is min(1, rate * distance), with
     the distance of the two encoders' weights; a client's rate is such that the share is
-    `first_share` when it first comes back.
+    `first_share` when it first comes back to a model that is not its own. A client that was
+    alone in its last round finds its own again, and takes it.
 
     Attributes:
         first_share: tau of the paper, from 0 to 1.
@@ -74,9 +76,9 @@ class FedEMA(Receiving):
     def receive(self, sent: State, own: State, memory: dict[str, Tensor]) -> dict[str, Tensor]:
         """Mix all floats; counters come as they are sent."""
         apart = distance(sent, own)
-        if RATE not in memory:
-            memory[RATE] = torch.tensor(self.first_share / apart if apart else 0.0)
-        share = min(1.0, float(memory[RATE]) * apart)
+        if RATE not in memory and apart > APART * length(sent):
+            memory[RATE] = torch.tensor(self.first_share / apart)
+        share = min(1.0, float(memory[RATE]) * apart) if RATE in memory else 0.0
         return {
             name: torch.lerp(value, own[name], share) if value.is_floating_point() else value
             for name, value in sent.items()

@@ -42,7 +42,7 @@ def measure_moments(
     """Measure mean and mean square of what enters each BatchNorm layer, over 512 images.
 
     Each batch is normalized by its own statistics, as in training, so deeper layers see
-    what they see there. Neither weights nor statistics of the method change.
+    what they see there. No weight changes, and no statistics of layers that are shared.
 
     Args: as of `local_train`.
         resolution: side in pixels of whole images.

@@ -216,8 +216,9 @@ def test_a_node_that_is_not_there_can_not_be_removed(tmp_path):
     make_certificates(tmp_path, [], ["a", "b"], days=1)
     with pytest.raises(UserError, match="c: no such node; known: a, b"):
         remove_nodes(tmp_path, ["c"])
-    with pytest.raises(UserError, match="at least one node"):
-        remove_nodes(tmp_path, ["a", "b"])
+    for every in (["a", "b"], ["a", "b", "a"]):
+        with pytest.raises(UserError, match="at least one node"):
+            remove_nodes(tmp_path, every)
     assert len(read_roster(tmp_path / "nodes.yaml")) == 2
 
 

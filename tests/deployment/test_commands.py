@@ -15,6 +15,7 @@ import pytest
 from fedssl.deployment.certificates import make_certificates
 from fedssl.deployment.checks import (
     check_app,
+    check_file,
     check_link,
     check_node_config,
     check_port,
@@ -204,6 +205,50 @@ def test_a_proxy_that_wants_a_certificate_refuses_at_once(answering, body, messa
     answering.answer.status, answering.answer.body = 400, body
     with pytest.raises(RuntimeError, match=message):
         await_superlink(answering.link, 60)
+
+
+class Proxy(http.server.BaseHTTPRequestHandler):
+    """Answers for the SuperLink, and opens no tunnel."""
+
+    def do_GET(self):
+        self.server.asked.append((self.path, self.headers.get("Proxy-Authorization")))
+        self.send_response(405)
+        self.end_headers()
+
+    def do_CONNECT(self):
+        self.server.asked.append((self.path, self.headers.get("Proxy-Authorization")))
+        self.send_error(403)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_sign_of_life_is_asked_for_by_the_proxy_that_leads_there(monkeypatch):
+    server = http.server.HTTPServer(("127.0.0.1", 0), Proxy)
+    server.asked = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, f"http://me:word@127.0.0.1:{server.server_address[1]}")
+    monkeypatch.setenv("no_proxy", "localhost")
+    monkeypatch.setenv("NO_PROXY", "localhost")
+    login = "Basic bWU6d29yZA=="  # me:word
+    try:
+        SuperLinkAddress("superlink.example:8000", True, None).probe()
+        encrypted = SuperLinkAddress("superlink.example:8443", False, None)
+        with pytest.raises(RuntimeError, match=r"8443, by the proxy http://127\.0\.0\.1:.*403"):
+            await_superlink(encrypted, 0.1)
+    finally:
+        server.shutdown()
+    (path, given), *tunnels = server.asked
+    assert (path, given) == ("http://superlink.example:8000/v1/fleet/pull-messages", login)
+    assert set(tunnels) == {("superlink.example:8443", login)}
+
+
+def test_open_quotes_and_files_of_others_get_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"hydra-overrides=.*close the quotes"):
+        check_run_config('hydra-overrides="dataset.name=\'x"', [])
+    with pytest.raises(UserError, match=r"--certificate=.*: can't be read"):
+        check_file("--certificate", tmp_path / ("x" * 300))
 
 
 def test_a_process_without_its_superlink_is_given_up(monkeypatch):

@@ -56,7 +56,7 @@ def test_a_tenth_of_the_labels_is_stratified_and_seeded(digits):
 def test_too_few_labels_are_refused(digits, fraction):
     for refuse in (
         lambda: draw_labelled(digits.train.labels, fraction, seed=0),
-        lambda: check_evaluable(digits, fraction, seed=0),
+        lambda: check_evaluable(digits, fraction, seed=0, num_seeds=1),
         lambda: make_data(digits, label_fraction=fraction),
     ):
         with pytest.raises(UserError, match=f"label_fraction={fraction}.*10 classes") as error:
@@ -71,7 +71,7 @@ def test_images_without_labels_cannot_be_evaluated(digits, missing):
     test = {"test": None, "test labels": bare, "train labels": digits.test}[missing]
     images = replace(digits, train=train, test=test)
     with pytest.raises(UserError, match="no labels"):
-        check_evaluable(images, 0.1, seed=0)
+        check_evaluable(images, 0.1, seed=0, num_seeds=1)
     with pytest.raises(UserError, match="no labels"):
         make_data(images)
 

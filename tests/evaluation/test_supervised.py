@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from evaluation.small import COMMON, make_data, make_encoder
 
+from fedssl.evaluation.classifier import deal_batches
 from fedssl.evaluation.supervised import SupervisedTraining
 from fedssl.networks.state import state_digest
 
@@ -20,6 +21,17 @@ def test_it_starts_afresh_and_learns(digits):
     assert score.mean > 0.25  # 90 steps; chance is 0.1
     assert state_digest(encoder) == before
     assert SUPERVISED.starts_from_scratch
+
+
+def test_no_batch_has_one_image(digits):
+    """BatchNorm can't take the statistics of one, where the last map is a point."""
+    data = make_data(digits, 1)
+    (seed, rows), *_ = data.draws()
+    assert len(rows) % 2 == 1
+    replace(SUPERVISED, epochs=1, batch_size=2).train(make_encoder(), data, rows[:5], seed)
+    assert list(map(len, deal_batches(torch.arange(5), 3))) == [2, 3]
+    assert list(map(len, deal_batches(torch.arange(6), 3))) == [2, 2, 2]
+    assert list(map(len, deal_batches(torch.arange(1), 1))) == [1]
 
 
 def test_weights_and_batch_statistics_are_learned(digits):

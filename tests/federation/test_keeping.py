@@ -160,6 +160,13 @@ def test_a_node_keeps_the_newest_runs(tmp_path):
     assert len(list((tmp_path / "clients").iterdir())) == RUNS
 
 
+def test_a_node_keeps_every_run_that_was_asked_lately(tmp_path):
+    for number in range(RUNS + 2):
+        os.utime(folder_at_node(tmp_path, f"{number:08x}"), (number, number))
+        folder_at_node(tmp_path, f"{number:08x}")
+    assert len(list((tmp_path / "clients").iterdir())) == RUNS + 2
+
+
 def test_a_simulation_that_lacks_a_clients_file_does_not_go_on(tmp_path, config):
     run = create_run(tmp_path / "run", config)
     clients = (ClientMetrics(0, num_examples=5), ClientMetrics(1, num_examples=5), ClientMetrics(2))

@@ -106,7 +106,8 @@ def test_a_resumed_run_has_the_same_epsilon_and_bytes(federate, mechanism):
 def test_a_budget_ends_the_run_with_the_last_round_within_it(federate):
     given = ["privacy=central", "num_rounds=5"]
     limit = SETTINGS.epsilon_after(2) * 1.001
-    federation, rounds, _ = federate(*given, f"privacy.max_epsilon={limit}")
+    federation, rounds, _ = federate(*given, f"privacy.max_epsilon={limit}", "evaluate_every=50")
+    assert [row.round for row in rounds if row.eval_loss is not None] == [rounds[-1].round]
     assert [m.round for m in rounds] == [1, 2]
     assert rounds[-1].epsilon <= limit
     assert federation.done == 2

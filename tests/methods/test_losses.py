@@ -28,7 +28,7 @@ def covariance(one, other):
 
 
 def naive_vicreg(projections, invariance, variance, covariance_weight):
-    """Equations 1 to 6 of the paper."""
+    """The paper's equations, weighed as in its authors' code."""
     first, second = projections.chunk(2)
     count, size = first.shape
     agree = sum(

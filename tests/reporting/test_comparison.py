@@ -116,6 +116,23 @@ def test_a_single_run_has_no_spread(tmp_path):
     assert to_markdown(summarize(frame, settings)).splitlines()[2] == "| 1 | 60.0 | 50.0 | 2.0 |"
 
 
+def test_a_run_that_was_repeated_counts_once(tmp_path):
+    for number, top1 in enumerate((0.5, 0.6)):
+        make_run(tmp_path / f"run{number}", top1, ["seed=0"])
+    make_run(tmp_path / "run2", 0.8, ["seed=1"])
+    frame, settings, _ = gather(find_runs([tmp_path]))
+    assert to_markdown(summarize(frame, settings)).splitlines()[2].startswith("| 2 | 70.0 ± 14.1 |")
+
+
+def test_the_score_of_the_last_round_counts(tmp_path):
+    make_run(tmp_path / "run", 0.6)
+    file = tmp_path / "run" / "results.json"
+    (own,) = json.loads(file.read_text())
+    rows = [{**own["rows"][0], "mean": 0.9}]
+    file.write_text(json.dumps([{**own, "round": 7}, {**own, "round": 5, "rows": rows}]))
+    assert read_scores(find_runs([tmp_path])[0])["linear head, 10 %"] == 60
+
+
 def test_runs_without_an_evaluation_are_named(tmp_path, sweep):
     (tmp_path / "10-1" / "results.json").unlink()
     frame, _, (empty,) = gather(find_runs([sweep]))
@@ -127,6 +144,9 @@ def test_latest_is_not_counted_twice(sweep):
     (sweep / "latest").symlink_to("2-0")
     assert len(find_runs([sweep])) == 4
     assert len(find_runs([sweep / "latest"])) == 1
+    (sweep / "latest").unlink()
+    sweep.rename(sweep.parent / "latest")
+    assert len(find_runs([sweep.parent / "latest"])) == 4
 
 
 def test_a_place_without_runs_is_named(tmp_path):

@@ -86,6 +86,15 @@ def test_a_round_that_was_being_written_is_repeated_and_named(stopped, compose, 
     assert all("0003" not in file.name for file in stopped.checkpoints.iterdir())
 
 
+def test_what_rounding_has_left_is_put_back_too(stopped, compose):
+    left = stopped.clients / "partition-0" / "left"
+    left.mkdir(parents=True)
+    for name in ("round-0003", "round-0004", ".partial-0123abcd-round-0004"):
+        (left / f"{name}.safetensors").write_bytes(b"")
+    go_on(compose)
+    assert [file.name for file in left.iterdir()] == ["round-0003.safetensors"]
+
+
 def test_all_checkpoints_damaged_is_an_error(stopped, compose):
     for file in stopped.checkpoints.glob("*.json"):
         file.write_text("{}")
@@ -125,9 +134,22 @@ def test_fewer_rounds_than_are_done_are_refused(stopped, compose):
 
 
 def test_a_run_that_is_done_and_evaluated_is_left_alone(stopped, compose):
-    stopped.add_result({"rows": []})
+    stopped.add_result({"rows": [], "round": 3})
     with pytest.raises(UserError, match="all 3 rounds are done and evaluated"):
         go_on(compose, "num_rounds=3")
+
+
+def test_a_run_whose_evaluation_is_of_an_earlier_round_is_evaluated(stopped, compose):
+    stopped.add_result({"rows": [], "round": 2})
+    assert go_on(compose, "num_rounds=3")[0].round == 3
+
+
+def test_a_last_round_without_an_evaluation_is_no_end(stopped, compose):
+    row = RoundMetrics(4, train_loss=1.0)
+    save_checkpoint(stopped.checkpoints, Checkpoint(4, STATE, metrics=row), keep=3)
+    with pytest.raises(UserError, match=r"num_rounds=4: .*evaluate_every=3.* give at least 5"):
+        go_on(compose, "num_rounds=4", "evaluate_every=3")
+    assert go_on(compose, "num_rounds=5", "evaluate_every=3")[0].round == 4
 
 
 def test_other_images_are_refused(stopped, compose):
@@ -150,6 +172,14 @@ def test_the_overrides_of_the_start_come_back(stopped, tmp_path):
     assert complete == ["model.stem=imagenet", *given, f"run_dir='{stopped.path}'"]
     assert with_earlier_overrides(["seed=3"]) == ["seed=3"]
     assert load_config("config", complete).run_dir == str(stopped.path)
+
+
+def test_a_runs_path_may_hold_an_apostrophe(stopped, tmp_path):
+    odd = tmp_path / "Ann's work"
+    odd.mkdir()
+    stopped.path.rename(odd / "run")
+    complete = with_earlier_overrides([f"resume='{odd}/run'".replace("n's", "n\\'s")])
+    assert load_config("config", complete).run_dir == str(odd / "run")
 
 
 def test_a_missing_run_is_named(tmp_path):

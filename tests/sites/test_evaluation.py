@@ -240,6 +240,17 @@ def test_what_is_left_out_is_counted_by_site(rng):
     assert scores.to_json()["left_out"] == {1: 1, 2: 2}
 
 
+def test_a_single_class_at_all_sites_gets_a_line(digits):
+    labels = digits.train.labels
+    first = np.flatnonzero(labels == 0)
+    rare = np.flatnonzero(labels == 1)[:5]
+    parts = [np.append(part, one) for part, one in zip(np.array_split(first, 5), rare, strict=True)]
+    data = replace(make_data(digits), partitions=parts)
+    evaluation = replace(EVALUATION, label_fraction=1, min_images=2)
+    with pytest.raises(UserError, match=r"so many labels of a second class; lower it"):
+        evaluation.run("it", make_encoder(), data)
+
+
 def test_too_few_labels_at_every_site_get_a_line(digits):
     rows = np.arange(len(digits.train.labels))
     data = replace(make_data(digits), partitions=np.array_split(rows, 100))

@@ -193,6 +193,9 @@ def test_a_site_that_lies_is_named_and_left_out(settled):
 
     honest = evaluate_at_sites(config, Grid(config))
     result = evaluate_at_sites(config, Grid(config, tamper), said.append)
+    assert result.test_images < honest.test_images
+    assert result.labelled_images < honest.labelled_images
+    assert np.sum(result.rows[0].sites[0]["confusion"]) == result.test_images
     (line,) = [line for line in said if "left out" in line]
     assert "client 1: gram is no sum of squares" in line
     assert set(result.rows[0].sites[0]["by_site"]) == {0, 2}
@@ -204,6 +207,7 @@ NONSENSE = (  # site, step, change of the answer, what is said of it
         (2, "judge", lambda t: t["correct"].fill_(10**6), "more correct images than it has"),
         (2, "train", lambda t: t["weight"].fill_(float("nan")), "its head is not finite"),
         (2, "test", lambda t: t["confusion"].neg_(), "confusion holds numbers that can't be"),
+        (1, "test", lambda t: [v.mul_(10**9) for v in t.values()], "counts other images than its"),
     ],
     [
         (2, "judge", lambda t: t["surprise"].fill_(float("nan")), "surprise holds numbers that"),
@@ -233,6 +237,50 @@ def test_nonsense_is_refused_by_name(settled, changes):
     evaluate_at_sites(config, Grid(config, tamper), said.append)
     for site, _, _, message in changes:
         assert any(f"client {site}: " in line and message in line for line in said), said
+
+
+ODD_WORDS = {
+    "nested": ("[" * 100_000, "the reply names no classes"),
+    "many": (json.dumps([str(n) for n in range(10_001)]), "it names 10,001 classes"),
+    "control": (json.dumps(["\x1b]0;title\x07"]), "too long or can't be shown"),
+    "long": (json.dumps(["x" * 300]), "too long or can't be shown"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_WORDS)
+@pytest.mark.usefixtures("narrow")
+def test_odd_names_of_classes_are_refused_by_name(settled, kind):
+    _, config = settled
+    text, message = ODD_WORDS[kind]
+    said = []
+
+    def tamper(step, site, reply):
+        if (step, site) == ("classes", 1):
+            reply.content.config_records["config"]["classes"] = text
+
+    evaluate_at_sites(config, Grid(config, tamper), said.append)
+    assert any("client 1: " in line and message in line for line in said), said
+    assert all(line.isprintable() for line in said)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("left-out", [float("inf")], "does not tell which classes it leaves out"),
+        ("num-tested", 1e15, "num-tested is 1e+15"),
+    ],
+)
+@pytest.mark.usefixtures("narrow")
+def test_odd_counts_are_refused_by_name(settled, name, value, message):
+    _, config = settled
+    said = []
+
+    def tamper(step, site, reply):
+        if (step, site) == ("features", 1):
+            reply.content.metric_records["metrics"][name] = value
+
+    evaluate_at_sites(config, Grid(config, tamper), said.append)
+    assert any("client 1: " in line and message in line for line in said), said
 
 
 def test_a_run_of_another_configuration_is_refused(settled):

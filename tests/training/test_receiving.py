@@ -48,6 +48,16 @@ def test_fedema_of_equal_models_takes_what_was_sent():
     assert all(torch.equal(received[name], sent[name]) for name in sent)
 
 
+def test_fedemas_rate_waits_for_a_model_of_others():
+    receiving, memory = FedEMA(0.7), {}
+    for own in (make_state(1.0), make_state(1.0005)):  # its own again, and rounded on the way
+        received = receiving.receive(make_state(1.0), own, memory)
+        assert torch.equal(received[NAMES[0]], make_state(1.0)[NAMES[0]])
+        assert memory == {}
+    receiving.receive(make_state(1.0), make_state(2.0), memory)
+    assert float(memory["rate"]) == pytest.approx(0.7 / 2.0)
+
+
 def test_fedu_keeps_predictors_where_the_encoders_are_far_apart():
     sent, own = make_state(1.0, 1.0), make_state(1.5, 2.0)  # half of the length apart
     near = FedU(threshold=0.6).receive(sent, own, {})
