@@ -116,7 +116,7 @@ METHODS: dict[str, tuple[str, Sequence[str]]] = {
     "simclr": ("SimCLR", ()),
     "vicreg": ("VICReg", ("method=vicreg",)),
     "barlow_twins": ("Barlow Twins", ("method=barlow_twins",)),
-    "moco": ("MoCo", ("method=moco",)),
+    "moco": ("MoCo", ("method=moco_short",)),
     "simsiam": ("SimSiam", ("method=simsiam",)),
     "byol": ("BYOL", ("method=byol",)),
     "fedbyol": ("FedBYOL: the target averaged, too", ("method=byol", "method.share_target=true")),
