@@ -16,7 +16,8 @@ trained on. It knows the global model, which was trained on other images before,
 - the masked update, which is what the server gets of this client under secure aggregation.
 
 The area under the ROC curve is 0.5 for a guess and 1 for certainty; 8 members and 8 others in
-each trial, and other images in each. Rank and number of views were chosen on other trials.
+each trial, drawn anew from one pool of images, against one global model: trials share images, so
+their standard error is a little small. Rank and number of views were chosen on other draws.
 """
 
 import argparse

@@ -112,15 +112,16 @@ def try_full_disk(folder: Path) -> list[dict]:
     first = shlex.join([*main, *SMALL, "num_rounds=2", f"cache_dir={cache}"])
     second = shlex.join([*main, "resume=latest"])
     script = f"""
-        mount -t tmpfs -o size=200m tmpfs {disk} || exit 99
+        mount -t tmpfs -o size=200m tmpfs {disk} || exit
         head -c 130M /dev/zero > {disk}/filler
         {first} > {folder}/first 2>&1; echo $? > {folder}/first.status
         rm {disk}/filler
         {second} > {folder}/second 2>&1; echo $? > {folder}/second.status
     """
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True)
-    if done.returncode == 99:
-        return [{"fault": "disk full", "expected": "", "seen": "not tried: no mount", "ok": True}]
+    subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True)
+    if not (folder / "second.status").exists():
+        print("not tried: a full disk, since nothing can be mounted here", flush=True)
+        return []
     found = [
         (int((folder / f"{part}.status").read_text()), (folder / part).read_text())
         for part in ("first", "second")

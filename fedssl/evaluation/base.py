@@ -112,7 +112,6 @@ class Evaluation(ABC):
 
     Attributes:
         mode: its name in results.json.
-        title: its name for a person.
         starts_from_scratch: whether it trains the network of the run from random
             weights, so that neither the run's encoder nor a random one beside it
             has a place.
@@ -124,7 +123,6 @@ class Evaluation(ABC):
     """
 
     mode: ClassVar[str]
-    title: ClassVar[str]
     starts_from_scratch: ClassVar[bool] = False
     needs_partitions: ClassVar[bool] = False
 

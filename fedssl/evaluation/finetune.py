@@ -22,7 +22,6 @@ class FineTuning(ClassifierEvaluation):
     """
 
     mode = "finetune"
-    title = "Fine-tuning"
 
     encoder_learning_rate: float
     knn_neighbors: int

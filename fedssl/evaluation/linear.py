@@ -26,7 +26,6 @@ class LinearEvaluation(ClassifierEvaluation):
     """
 
     mode = "linear"
-    title = "Linear evaluation"
 
     knn_neighbors: int
 

@@ -17,7 +17,6 @@ class SupervisedTraining(ClassifierEvaluation):
     """The whole network trained from random weights on nothing but the labelled images."""
 
     mode = "supervised"
-    title = "Supervised training from scratch"
     starts_from_scratch = True
 
     def run(self, name: str, encoder: Encoder, data: EvaluationData) -> list[Score]:

@@ -113,7 +113,6 @@ class FederatedEvaluation(EvaluationAtSites):
     """
 
     mode = AT_SITES
-    title = "Evaluation at the sites"
 
     def run(self, name: str, encoder: Encoder, data: EvaluationData) -> list[Score]:
         """Score the heads of each draw.

@@ -40,7 +40,6 @@ class FederatedFineTuning(EvaluationAtSites):
     """
 
     mode = TUNED_AT_SITES
-    title = "Fine-tuning at the sites"
 
     rounds: int
     encoder_learning_rate: float

@@ -227,6 +227,8 @@ def test_the_time_of_the_four_commands_is_the_recorded_one():
     assert federated["eval_loss"] == pytest.approx(simulated["eval_loss"], rel=1e-6)
     assert f"took {federated['wall_s']:.0f} s on two cores" in text
     assert f"{simulated['wall_s']:.0f} s: {measured['ratio']:.1f} times as long" in text
+    rounds, others = sum(federated["round_s"]), sum(simulated["round_s"])
+    assert f"took {rounds:.0f} and {others:.0f} s, {rounds / others:.1f} times as long" in text
     messages, training = (np.array(federated[k]) for k in ("train_message_s", "training_s"))
     assert f"{np.median(messages - training.T):.0f} s beside the training" in text
     start = federated["start_s"]

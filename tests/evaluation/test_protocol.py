@@ -25,7 +25,6 @@ class Width(Evaluation):
     """How many features an encoder has, which needs no training."""
 
     mode = "width"
-    title = "Width"
 
     thousands: bool
 
