@@ -161,6 +161,23 @@ def test_the_gains_are_recorded_trials(title, count):
     assert set(shown) <= {(score.get("linear_head"), score.get("knn")) for score in scores}
 
 
+def test_the_trials_of_other_methods_are_recorded_with_their_settings():
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    table = page.partition("| settings | linear head, % | kNN, % |\n")[2].partition("\n\n")[0]
+    recorded_trials = set()
+    for trial in map(json.loads, (ROOT / "results" / "tuning.jsonl").open()):
+        score = trial["by_pixels"].get("32", {})
+        chosen = frozenset(trial.get("overrides", ()))
+        recorded_trials.add((chosen, score.get("linear_head"), score.get("knn")))
+    lines = table.splitlines()[1:]
+    assert len(lines) == 15
+    for line in lines:
+        settings = set(line.split("`")[1].split())
+        head, knn = map(float, line.split("|")[2:4])
+        found = [chosen for chosen, *scores in recorded_trials if scores == [head, knn]]
+        assert any(settings <= chosen and "participants=[0]" in chosen for chosen in found), line
+
+
 def test_the_cost_of_what_travels_is_the_recorded_one():
     """The table is compared with the records above."""
     for name, count in (("wire.json", 7), ("wire_apart.json", 4)):
