@@ -62,7 +62,10 @@ def fit(
 
 
 def deal_batches(order: Tensor, count: int) -> list[Tensor]:
-    """Cut rows (N,) into so many batches, or fewer; none has one row, which BatchNorm refuses."""
+    """Cut rows (N,) into at most so many batches, without a last one of one row.
+
+    BatchNorm refuses such a batch; of N = 1 nothing else can be made.
+    """
     batches = list(order.chunk(count))
     if len(batches) > 1 and len(batches[-1]) == 1:
         batches[-2:] = [torch.cat(batches[-2:])]

@@ -19,7 +19,7 @@ from fedssl.runs.resume import HARMLESS, HARMLESS_GROUPS
 
 MAIN_METRIC = "linear head, 10 %"
 # Harmless for going on with a run, and still something by which runs are told apart.
-CHANGES_SCORES = ("num_rounds", "precision", "max_update_ratio", "max_weight_ratio")
+TELLING = {"num_rounds", "precision", "max_update_ratio", "max_weight_ratio", "evaluate_every"}
 SEED = "seed"
 # What goes with a choice says nothing new: it counts only where runs of the same choice differ.
 LEADERS = {
@@ -60,7 +60,7 @@ def read_settings(run: RunDirectory) -> dict[str, Any]:
     leaves = flatten(run.load_config())
     titles = [r["dataset"] for r in run.read_results() if r.get("own_images") and "dataset" in r]
     leaves["dataset.name"] = titles[-1] if titles else leaves["dataset.name"]
-    kept = HARMLESS - {*CHANGES_SCORES, "evaluate_every"}
+    kept = HARMLESS - TELLING
     return {
         key: str(value) if isinstance(value, list) else value
         for key, value in leaves.items()
@@ -137,10 +137,10 @@ def gather(runs: Sequence[RunDirectory]) -> tuple[pd.DataFrame, list[str], list[
     every = pd.DataFrame([settings for settings, _ in rows])
     differing = [key for key in map(str, every) if key != SEED and _tells(key, every)]
     frame = every[[*differing, SEED]] if rows else every
-    # A run that was repeated tells nothing about the spread over seeds: the newest counts.
-    kept = ~frame.duplicated(keep="last") if rows else slice(None)
     joined = pd.concat([frame, pd.DataFrame([s for _, s in rows])], axis=1)
-    return joined[kept].reset_index(drop=True), differing, empty
+    if rows:  # a repeated run tells nothing about the spread over seeds: the last path counts
+        joined = joined[~frame.duplicated(keep="last")].reset_index(drop=True)
+    return joined, differing, empty
 
 
 def _tells(key: str, settings: pd.DataFrame) -> bool:

@@ -108,7 +108,7 @@ def check_continuation(wanted: Continuation) -> Checkpoint | None:
             f"num_rounds={wanted.num_rounds}: the run has done {checkpoint.round}; give at least "
             "that, or more to go on"
         )
-    row, every = checkpoint.metrics, wanted.settings.get("evaluate_every", 1)
+    row, every = checkpoint.metrics, wanted.settings["evaluate_every"]
     unmeasured = row is not None and row.eval_loss is None and row.knn is None
     if checkpoint.round == wanted.num_rounds and checkpoint.round % every and unmeasured:
         raise UserError(

@@ -1,6 +1,6 @@
 """The server's side of an evaluation at the sites."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -107,10 +107,9 @@ def _state_of(encoder: Encoder) -> dict[str, Tensor]:
     return {name: value.detach().cpu() for name, value in encoder.state_dict().items()}
 
 
-def _count(told: Iterable[Told]) -> tuple[int, int]:
+def _count(told: Sequence[Told]) -> tuple[int, int]:
     """Add up labelled and test images of sites."""
-    labelled, tested = zip(*((each.labelled, each.tested) for each in told), strict=True)
-    return sum(labelled), sum(tested)
+    return sum(each.labelled for each in told), sum(each.tested for each in told)
 
 
 def describe_failures(asking: Asking) -> str:

@@ -75,6 +75,25 @@ def test_what_more_rounds_of_fewer_steps_give_is_recorded():
     assert shown == [tables.both_scores(f"federation/{name}", 1) for name in names]
 
 
+def test_what_evaluations_take_is_recorded():
+    rounds = [json.loads(t) for t in (ROOT / "results/federation/five/seed0/metrics.jsonl").open()]
+    spent = sum(row["seconds_evaluate"] + row["seconds_knn"] for row in rounds)
+    assert 0.38 < spent / sum(row["seconds"] for row in rounds) < 0.45
+    seldom = [json.loads(t) for t in (ROOT / "results/methods/iid-moco/seed0/metrics.jsonl").open()]
+    without, once = seldom[0]["bytes_moved"], seldom[6]["bytes_moved"]
+    assert 0.30 < 1 - without / once < 0.37
+    assert "two fifths of the time and a third of the bytes" in read("docs/usage.md")
+
+
+def test_what_a_random_encoder_gives_beside_byol_is_recorded():
+    (results,) = tables.read_seeds("methods/digits-byol")
+    scores = [
+        tables.find_score(results, "random encoder", how)["mean"] for how in ("linear head", "kNN")
+    ]
+    told = " / ".join(f"{100 * score:.1f}" for score in scores)
+    assert f"both end below a random encoder ({told})" in read("docs/results.md")
+
+
 def test_what_digits_of_two_classes_give_is_recorded():
     results = recorded("digits_two_classes_56_rounds/seed0/results.json")
     linear, knn = (
